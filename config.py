@@ -1,0 +1,95 @@
+"""Every setting of a run: name, default, range, unit, meaning; and the named recipes.
+
+Edit a default here and run `python main.py` again, or leave the file alone and give the setting as a flag of the same
+name: `python main.py --batch-size 256 --nesterov`. The text beside each setting is its flag's help.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+class UserError(Exception):
+    """Something that the person who started the program can put right: shown as one line, without a traceback."""
+
+
+def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None,
+            choices: tuple[str, ...] = ()) -> Any:
+    """A field of Config with what its flag and its validation need; `low` and `high` belong to the range."""
+    return dataclasses.field(default=default, metadata={"help": meaning, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one run. Raises UserError, naming field, value and range, when made with one out of its range."""
+
+    # data
+    dataset: str = setting("auto", "the pictures: cifar10; folder, your own; synthetic, built in; auto, cifar10 if it is "
+                           "there or can be had, else a demonstration on synthetic",
+                           choices=("auto", "cifar10", "folder", "synthetic"))
+    data_dir: str = setting("data", "the folder that holds cifar-10-batches-py, or train/<class>/* and test/<class>/*")
+    batch_size: int = setting(128, "images a step", low=1, high=65536)
+    validation: int = setting(0, "training images held out to choose settings by, class-balanced, the same ones for "
+                              "every seed; the test images, which must not choose anything, are then looked at only "
+                              "once, after the last epoch", low=0, high=10**7)
+    workers: int = setting(2, "processes that augment images beside the training; changes speed, never results",
+                           low=0, high=256)
+
+    # augmentation of training images
+    flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
+    affine_p: float = setting(0.5, "probability of a shift, scaling and rotation, border reflected", low=0, high=1)
+    shift: float = setting(0.0625, "largest shift, as a fraction of the image's side", low=0, high=1)
+    scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
+    rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
+    coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
+    coarse_dropout_size: int = setting(16, "side of that hole, pixels", low=1, high=32)
+
+    # optimization
+    epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
+    lr: float = setting(0.01, "learning rate of SGD in the first epoch", low=1e-12, high=1000)
+    min_lr: float = setting(1e-6, "learning rate that the cosine ends at, after the last epoch", low=0, high=1000)
+    momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
+    nesterov: bool = setting(False, "Nesterov's form of the momentum")
+    weight_decay: float = setting(1e-4, "L2 penalty on all parameters", low=0, high=10)
+    label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
+
+    # model
+    dropout: float = setting(0.0, "probability that a feature is dropped before the classifier; 0 leaves the layer out",
+                             low=0, high=0.99)
+
+    # run
+    device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    seed: int = setting(0, "the one source of the run's randomness", low=0, high=2**32 - 1)
+    threads: int = setting(0, "CPU threads that compute; 0: one for each core the program may use", low=0, high=1024)
+    name: str = setting("", "a word put behind the date in the name of the run's folder")
+    log_dir: str = setting("logs", "where model_accuracy.log, torch_summary.log and the runs' folders go")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        if self.min_lr > self.lr:
+            raise UserError(f"min_lr is {self.min_lr}, above lr, {self.lr}: the cosine only falls; lower min_lr")
+        if self.nesterov and self.momentum == 0:
+            raise UserError("nesterov is on but momentum is 0.0: Nesterov's form needs a momentum above 0")
+        if any(not (c.isalnum() or c in "-_.+=") for c in self.name) or len(self.name) > 100:
+            raise UserError(f"name is {self.name!r}, but may hold at most 100 letters, digits and -_.+= only")
+
+
+def _check(field: dataclasses.Field, value: Any) -> None:
+    """Raise UserError unless `value` has the field's type and lies in its range."""
+    low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
+    if field.type is float and type(value) is int:
+        value = float(value)
+    if type(value) is not field.type:
+        raise UserError(f"{field.name} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
+    if choices and value not in choices:
+        raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}")
+    if low is not None and not (math.isfinite(value) and low <= value <= high):
+        raise UserError(f"{field.name} is {value}, but must lie in {low:g} to {high:g}")
+
+
+# Named sets of changes to the defaults above: `python main.py --recipe NAME`
+RECIPES: dict[str, dict[str, Any]] = {
+    "baseline": {},
+}

@@ -1,0 +1,209 @@
+"""Save a run after its epochs, and take it up again: atomically, checked, and without running code from the file."""
+
+import copy
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from config import Config, UserError
+from training.faults import Diverged
+from training.records import SUMMARY, Log, find_runs, named_run, unwritable, write
+
+NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
+MOVABLE = {"workers", "data_dir", "log_dir", "device", "threads"}  # settings that may change when a run is resumed
+INTERVAL = 10.0  # seconds between writes, so that a GPU's short epochs don't spend their time on them
+DIGEST = hashlib.sha256().digest_size
+
+
+class Damaged(UserError):
+    """A checkpoint that is missing, damaged, or no checkpoint."""
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder: the newest, and the one before it. Holds the run's lock."""
+
+    def __init__(self, folder: Path, lock: IO[bytes], places: dict[str, str]) -> None:
+        self.folder, self.lock, self.places = folder, lock, places
+        self.written = time.monotonic()
+        self.unwritten: dict[str, Any] | None = None
+
+    def epoch_ended(self, parts: Mapping[str, Any], log: Log, last: bool) -> None:
+        """Keep a copy of the state of `parts` and `log`, and write it if the last write is INTERVAL ago or this is the
+        last epoch."""
+        state = {**parts, "rows": log.rows, "record": log.record, "places": self.places}
+        self.unwritten = copy.deepcopy(state)  # the next epoch changes the tensors in place
+        if last or time.monotonic() - self.written >= INTERVAL:
+            self.write()
+
+    def write(self) -> None:
+        """Write the state kept last, if it isn't written yet. Raises UserError when it can't be written; what was
+        written before is then still there."""
+        if self.unwritten is None:
+            return
+        newest, fresh = self.folder / NEWEST, self.folder / ".checkpoint.new"
+        write(fresh, pack(self.unwritten), durable=True)
+        try:
+            # A crash between the two renames leaves the previous checkpoint only, and resuming finds it.
+            if newest.exists():
+                os.replace(newest, self.folder / PREVIOUS)
+            os.replace(fresh, newest)
+        except OSError as error:
+            raise unwritable(newest, error) from error
+        self.unwritten, self.written = None, time.monotonic()
+
+    def rescue(self, end: BaseException, log: Log) -> None:
+        """The run is ending by `end`: write what isn't written, and note on `end` what is safe and how to go on."""
+        try:
+            self.write()
+            epochs = len(log.rows)
+        except UserError:
+            epochs = len(load(self.folder)[0]["rows"])
+        log.rows[epochs:] = []
+        name = self.folder.name
+        safe = f"the {epochs} finished epochs are safe" if epochs else "no epoch was finished"
+        if isinstance(end, Diverged):
+            end.add_note(f"{safe} in run {name}, but resuming it would lead to the same loss")
+        else:
+            end.add_note(f"{safe}; go on with: python main.py --resume {name}")
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """`state` as a file that torch.load also reads, with its SHA-256 behind it."""
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+
+
+def unpack(path: Path) -> dict[str, Any]:
+    """The state in the file `path`, its tensors on the CPU. Raises Damaged."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise Damaged(f"{path.name} can't be read ({error.strerror})") from error
+    content, digest = data[:-DIGEST], data[-DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        raise Damaged(f"{path.name} is damaged (its checksum is wrong)")
+    try:  # a right checksum is no proof of good will, so only tensors and plain values are loaded
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on foreign content
+        raise Damaged(f"{path.name} holds no checkpoint that is safe to load") from error
+    if not isinstance(state, dict) or set(state) != KEYS:
+        raise Damaged(f"{path.name} is no checkpoint of this program")
+    return state
+
+
+def load(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The newest whole state in a run's folder, and a note that names a damaged newest one. Raises UserError where
+    neither the newest nor the previous checkpoint is whole."""
+    try:
+        return unpack(folder / NEWEST), []
+    except Damaged as newest:
+        try:
+            return unpack(folder / PREVIOUS), [f"{newest}: went on from {PREVIOUS}"]
+        except Damaged as previous:
+            raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start it anew") from previous
+
+
+@dataclass
+class Resumed:
+    """An unfinished run that is taken up again: its folder, config, and the state of its last checkpoint."""
+
+    folder: Path
+    config: Config
+    state: dict[str, Any]
+    notes: list[str]
+    lock: IO[bytes]
+
+    def continued(self, record: dict[str, Any]) -> dict[str, Any]:
+        """`record`, which is of now, with the notes of the run so far and on what has changed since. Raises UserError
+        where the images are not the same."""
+        before = self.state["record"]
+        if record["dataset"] != before["dataset"]:
+            raise UserError(f"the images in {self.config.data_dir} are not those that run {self.folder.name} began with: "
+                            "name the right folder with --data-dir")
+        changes = [f"{key} {old} -> {new}" for key, old, new in (
+            ("threads", before["config"]["threads"], record["config"]["threads"]),
+            ("device", before["machine"], record["machine"]), ("versions", before["versions"], record["versions"]),
+            ("model.py", before["network"]["model_sha256"][:8], record["network"]["model_sha256"][:8])) if old != new]
+        notes = [*before["notes"], *self.notes]
+        if changes:
+            notes.append(f"resumed at epoch {len(self.state['rows'])} with changes, so the bits may differ from a run "
+                         f"that was not interrupted: {'; '.join(changes)}")
+        return record | {"notes": notes}
+
+    @contextmanager
+    def fitting(self) -> Iterator[None]:
+        """Loading the state in here raises UserError where it doesn't fit the parts."""
+        try:
+            yield
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(f"the weights of run {self.folder.name} do not fit the network of model.py: "
+                            "undo the edits made since, or start a new run") from error
+
+
+def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
+    """The unfinished run `name`, or the newest if it is "", locked. `given` are the settings of the command line: those
+    that are not MOVABLE must be the run's own. Raises UserError."""
+    log_dir = Path(given.get("log_dir", Config.log_dir))
+    if name:
+        folder = named_run(log_dir, name)
+    else:
+        folder = next((run for run in find_runs(log_dir) if resumable(run)), log_dir)
+        if folder == log_dir:
+            raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
+    if (folder / SUMMARY).exists():
+        raise UserError(f"run {folder.name} is finished: there is nothing to resume")
+    held = lock(folder)
+    state, notes = load(folder)
+    config = Config(**(state["record"]["config"] | state["places"]))
+    for setting, value in given.items():
+        if setting not in MOVABLE and value != getattr(config, setting):
+            raise UserError(f"{setting} is {value} on the command line, but run {folder.name} has "
+                            f"{getattr(config, setting)}: leave --{setting.replace('_', '-')} out, or start a new run")
+    moved = {setting: value for setting, value in given.items() if setting in MOVABLE}
+    config = dataclasses.replace(config, **moved, log_dir=str(folder.parent.parent))
+    return Resumed(folder, config, state, notes, held)
+
+
+def resumable(folder: Path) -> bool:
+    return not (folder / SUMMARY).exists() and any((folder / name).exists() for name in (NEWEST, PREVIOUS))
+
+
+def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write the weights as safetensors, with `about`, each value as JSON, as metadata."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    write(path, save(tensors, {key: json.dumps(value) for key, value in about.items()}), durable=True)
+
+
+def lock(folder: Path) -> IO[bytes]:
+    """Mark a run as running for as long as the returned file is open and this process lives. Raises UserError when it
+    is running already. The lock is the process's own: workers that outlive a killed parent don't hold it."""
+    try:
+        file = open(folder / ".lock", "ab")  # noqa: SIM115 (open for the whole run)
+    except OSError as error:
+        raise unwritable(folder / ".lock", error) from error
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            import fcntl
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(f"run {folder.name} is still running: wait for it, or stop it first") from error
+    return file

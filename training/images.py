@@ -1,0 +1,319 @@
+"""The pictures: CIFAR-10, a folder of the user's own, or the built-in set. All three come out as the same `Images`."""
+
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import zipfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from config import UserError
+
+SIDE = 32  # pixels
+SUFFIXES = {".png", ".jpg", ".jpeg"}
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """`images`: uint8, N x 32 x 32 x 3, RGB. `labels`: int64, N."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A dataset in memory. `kind` is cifar10, folder or synthetic; `validation` is empty unless held out of `train`."""
+
+    kind: str
+    class_names: tuple[str, ...]
+    train: Split
+    test: Split
+    validation: Split
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255.
+
+        Computed from counts of the 256 values, so exact and independent of any order of summation.
+        """
+        values = np.arange(256) / 255
+        counts = [np.bincount(self.train.images[..., c].ravel(), minlength=256) for c in range(3)]
+        means = [float(values @ n / n.sum()) for n in counts]
+        deviations = [float(np.sqrt((values - mean) ** 2 @ n / n.sum())) for n, mean in zip(counts, means, strict=True)]
+        return tuple(means), tuple(max(deviation, 1 / 255) for deviation in deviations)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all pictures, labels and class names: the same data, whatever folder it lies in."""
+        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        for split in (self.train, self.validation, self.test):
+            digest.update(np.ascontiguousarray(split.images).data)
+            digest.update(np.ascontiguousarray(split.labels).data)
+        return digest.hexdigest()
+
+    def hold_out(self, count: int) -> "Images":
+        """Move `count` training images to `validation`, the same ones every time, equally many of each class (the
+        first classes give one more where `count` is no multiple). Raises UserError where a class has too few."""
+        if not count:
+            return self
+        classes = len(self.class_names)
+        order = np.random.Generator(np.random.Philox(key=2718)).permutation(len(self.train))
+        held: list[np.ndarray] = []
+        for label, name in enumerate(self.class_names):
+            share = count // classes + (label < count % classes)
+            members = order[self.train.labels[order] == label]
+            if len(members) <= share:
+                raise UserError(f"validation is {count}, which takes {share} images of each class, "
+                                f"but class {name} has only {len(members)} training images; lower validation")
+            held.append(members[:share])
+        out = np.zeros(len(self.train), dtype=bool)
+        out[np.concatenate(held)] = True
+        return dataclasses.replace(self, train=_select(self.train, ~out), validation=_select(self.train, out))
+
+
+def _select(split: Split, chosen: np.ndarray) -> Split:
+    return Split(split.images[chosen], split.labels[chosen])
+
+
+def load(dataset: str, data_dir: str) -> Images:
+    """The pictures of `dataset`, one of the values of Config.dataset, in or below `data_dir`.
+
+    Raises UserError for anything missing, damaged or unreadable, naming it.
+    """
+    if dataset == "synthetic":
+        return synthetic()
+    if dataset == "folder":
+        return folder(Path(data_dir))
+    try:
+        return cifar10(Path(data_dir))
+    except NotThere as error:
+        if dataset == "cifar10":
+            raise
+        print(error, file=sys.stderr)
+        return synthetic()
+
+
+# ---------------------------------------------------------------- CIFAR-10
+
+class NotThere(UserError):
+    """CIFAR-10 is not on this machine and could not be downloaded."""
+
+
+def cifar10(root: Path) -> Images:
+    """The official CIFAR-10 in `root`/cifar-10-batches-py, downloaded when absent: 50,000 training, 10,000 test images.
+
+    Raises NotThere when it is absent and can't be downloaded; UserError naming the file whose MD5 is wrong.
+    """
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity
+
+    batches = root / CIFAR10.base_folder
+    if not batches.exists():
+        _download(CIFAR10, root)
+    listed = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
+    for name, md5 in listed:
+        if not check_integrity(str(batches / name), md5):
+            state = "damaged" if (batches / name).exists() else "missing"
+            raise UserError(f"{batches / name} is {state}: put the official file there, "
+                            f"or delete {batches} to have CIFAR-10 downloaded again")
+    parts = [CIFAR10(str(root), train=is_train) for is_train in (True, False)]
+    train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+    return Images("cifar10", tuple(parts[0].classes), train, test, _nothing())
+
+
+def _download(dataset: type, root: Path) -> None:
+    """Download into a folder beside, then rename, so that a broken download leaves nothing that looks like CIFAR-10."""
+    made = not root.exists()
+    patience = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(15)  # seconds without an answer; without it a silent network hangs for ever
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as beside:
+            dataset(beside, download=True)
+            os.rename(Path(beside) / dataset.base_folder, root / dataset.base_folder)  # type: ignore[attr-defined]
+    except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors; a wrong MD5 is a RuntimeError
+        if made:
+            with suppress(OSError):
+                root.rmdir()
+        raise NotThere(
+            f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put cifar-10-batches-py there, name its "
+            "folder with --data-dir, or train on --dataset folder or --dataset synthetic") from error
+    finally:
+        socket.setdefaulttimeout(patience)
+
+
+def _nothing() -> Split:
+    return Split(np.zeros((0, SIDE, SIDE, 3), dtype=np.uint8), np.zeros(0, dtype=np.int64))
+
+
+# ---------------------------------------------------------------- a folder of images
+
+def folder(root: Path) -> Images:
+    """`root`/train/<class>/* and `root`/test/<class>/*, PNG or JPEG, resized to 32x32 where they have another size.
+
+    Decoded once, into `root`/.cache.npz, which is made anew when a file is added, removed or changed. Raises UserError
+    naming what is missing or the file that can't be read.
+    """
+    files, class_names, state = _list_files(root)
+    cache = root / ".cache.npz"
+    splits = _read_cache(cache, state)
+    if splits is None:
+        images = _decode_all([path for split in SPLITS for path, _ in files[split]])
+        labels = np.array([label for split in SPLITS for _, label in files[split]], dtype=np.int64)
+        border = len(files["train"])
+        splits = Split(images[:border], labels[:border]), Split(images[border:], labels[border:])
+        _write_cache(cache, state, splits)
+    return Images("folder", class_names, *splits, _nothing())
+
+
+def _list_files(root: Path) -> tuple[dict[str, list[tuple[str, int]]], tuple[str, ...], str]:
+    """The image files of each split with their labels, the class names, and a hash of names, sizes and times."""
+    classes = {split: _class_folders(root / split) for split in SPLITS}
+    lone = sorted(set(classes["train"]) ^ set(classes["test"]))
+    if lone:
+        there = "train" if lone[0] in classes["train"] else "test"
+        raise UserError(f"class {lone[0]} is in {root / there} only: every class needs a folder in both train and test")
+    if len(classes["train"]) < 2:
+        raise UserError(f"{root / 'train'} holds {len(classes['train'])} class folders, but training needs at least two")
+    digest = hashlib.sha256()
+    files: dict[str, list[tuple[str, int]]] = {}
+    for split in SPLITS:
+        files[split] = []
+        for label, name in enumerate(classes["train"]):
+            inside = sorted((e for e in os.scandir(root / split / name) if not e.name.startswith(".")), key=lambda e: e.name)
+            images = [e for e in inside if Path(e.name).suffix.lower() in SUFFIXES]
+            if not images:
+                raise UserError(f"{root / split / name} holds no PNG or JPEG files")
+            if len(images) < len(inside):
+                print(f"{root / split / name}: {len(inside) - len(images)} files that are not PNG or JPEG are left out",
+                      file=sys.stderr)
+            for entry in images:
+                stat = entry.stat()
+                digest.update(f"{split}/{name}/{entry.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                files[split].append((entry.path, label))
+    return files, tuple(classes["train"]), digest.hexdigest()
+
+
+def _class_folders(root: Path) -> list[str]:
+    if not root.is_dir():
+        raise UserError(f"there is no folder {root}: --dataset folder needs DIR/train/<class>/* and DIR/test/<class>/* "
+                        "in the DIR that --data-dir names")
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+
+
+def _read_cache(cache: Path, state: str) -> tuple[Split, Split] | None:
+    """The splits, or None where there is no cache of just this state of the folder."""
+    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(cache) as stored:
+        if str(stored["state"]) == state:
+            train, test = (Split(stored[f"{split}_images"], stored[f"{split}_labels"]) for split in SPLITS)
+            return train, test
+    return None
+
+
+def _write_cache(cache: Path, state: str, splits: tuple[Split, Split]) -> None:
+    beside = cache.with_name(f".cache-{os.getpid()}.npz")
+    arrays = {f"{name}_{what}": getattr(split, what)
+              for name, split in zip(SPLITS, splits, strict=True) for what in ("images", "labels")}
+    try:
+        np.savez(beside, state=np.array(state), **arrays)
+        os.replace(beside, cache)
+    except OSError as error:
+        print(f"the decoded images could not be kept in {cache} ({error.strerror}): "
+              "they will be decoded again next time", file=sys.stderr)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+
+
+def decode(path: str) -> tuple[np.ndarray, bool]:
+    """The image of a PNG or JPEG file as uint8, 32 x 32 x 3, upright by its EXIF data, and whether it was resized.
+    Raises UserError naming a file that can't be read."""
+    try:
+        with Image.open(path) as opened:
+            image: Image.Image = opened
+            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            resized = upright.size != (SIDE, SIDE)
+            return np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if resized else upright), resized
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is not a whole PNG or JPEG image ({error}): replace or remove it") from error
+
+
+def _decode_chunk(paths: list[str]) -> tuple[np.ndarray, int]:
+    decoded = [decode(path) for path in paths]
+    return np.stack([image for image, _ in decoded]), sum(resized for _, resized in decoded)
+
+
+def _decode_all(paths: list[str]) -> np.ndarray:
+    """uint8, N x 32 x 32 x 3. Several processes where there is enough work to pay for starting them."""
+    chunks = [paths[i:i + 250] for i in range(0, len(paths), 250)]
+    with tqdm(total=len(paths), desc="decoding", unit="image", disable=None, leave=False) as bar:
+        if len(paths) < 5000:
+            done = _watch(map(_decode_chunk, chunks), bar)
+        else:
+            with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+                done = _watch(pool.map(_decode_chunk, chunks), bar)
+    resized = sum(count for _, count in done)
+    if resized:
+        print(f"{resized:,} of {len(paths):,} images had another size and were resized to 32x32", file=sys.stderr)
+    return np.concatenate([images for images, _ in done])
+
+
+def _watch(results, bar: tqdm) -> list[tuple[np.ndarray, int]]:
+    done = []
+    for result in results:
+        done.append(result)
+        bar.update(len(result[0]))
+    return done
+
+
+# ---------------------------------------------------------------- the built-in set
+
+KINDS = ("disc", "ring", "square", "frame", "triangle", "plus", "cross", "horizontal stripes", "vertical stripes",
+         "checkerboard")
+
+
+def synthetic() -> Images:
+    """Ten kinds of drawn shapes in random places, sizes and colours, with noise: 5,000 training, 1,000 test images.
+    The same ones every time."""
+    return Images("synthetic", KINDS, _draw(5000, key=1), _draw(1000, key=2), _nothing())
+
+
+def _draw(count: int, key: int) -> Split:
+    random = np.random.Generator(np.random.Philox(key=key))
+    labels = np.arange(count) % len(KINDS)
+
+    def each(low: float, high: float, *shape: int) -> np.ndarray:
+        return random.uniform(low, high, (count, *(shape or (1, 1))))
+
+    # Each image's own coordinates: u to the right and v down, from -1 to 1 inside the shape.
+    rows, columns = np.mgrid[-1:1:SIDE * 1j, -1:1:SIDE * 1j]
+    x, y, size, angle = columns - each(-0.3, 0.3), rows - each(-0.3, 0.3), each(0.4, 0.8), each(-0.1, 0.1)
+    u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
+    edge, radius, slant = np.maximum(abs(u), abs(v)), np.hypot(u, v), (abs(u + v), abs(u - v))
+    masks = (
+        radius < 1, (radius < 1) & (radius > 0.6), edge < 0.85, (edge < 0.9) & (edge > 0.5),
+        (v < 0.8) & (v > 2 * abs(u) - 1), (edge < 1) & (np.minimum(abs(u), abs(v)) < 0.25),
+        (edge < 1) & (np.minimum(*slant) < 0.35), (edge < 1) & (np.floor(v * 2.5) % 2 == 0),
+        (edge < 1) & (np.floor(u * 2.5) % 2 == 0), (edge < 1) & ((np.floor(u * 2) + np.floor(v * 2)) % 2 == 0),
+    )
+    mask = np.choose(labels[:, None, None], masks)[..., None]
+    ground = each(0, 255, 1, 1, 3)
+    contrast = each(50, 140, 1, 1, 3) * np.where(ground < 128, 1, -1)
+    pixels = ground + contrast * mask + random.normal(0, 25, (count, SIDE, SIDE, 3))
+    order = random.permutation(count)
+    return Split(pixels.clip(0, 255).astype(np.uint8)[order], labels.astype(np.int64)[order])

@@ -1,0 +1,154 @@
+"""Train one epoch, test once."""
+
+import ctypes
+import math
+import sys
+import time
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from config import UserError
+from training.faults import Diverged
+
+BatchStream = Iterable[tuple[Tensor, Tensor]]
+
+
+class Result(NamedTuple):
+    """Mean loss, in nats an image, and accuracy, in percent."""
+
+    loss: float
+    accuracy: float
+
+
+class Figures:
+    """Sums of the loss and of right predictions, kept on the device, so that adding to them waits for nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, device=device)  # loss, right predictions
+        self.images = 0
+        self.on_cuda = device.type == "cuda"
+        self.copy = torch.zeros(2, pin_memory=self.on_cuda)
+        self.copied: torch.cuda.Event | None = None
+        self.copied_images = 0
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Count one batch: its mean loss, its logits N x classes and its labels N."""
+        right = (logits.detach().argmax(1) == labels).sum()
+        self.sums += torch.stack((loss.detach().float() * len(labels), right.float()))
+        self.images += len(labels)
+
+    def result(self) -> Result:
+        """The figures so far. Waits for the device."""
+        return self._result(self.sums.cpu(), self.images)
+
+    def glance(self) -> Result | None:
+        """The figures so far, or on CUDA those at the last glance, if their copy has arrived: waits for nothing."""
+        if not self.on_cuda:
+            return self.result()
+        arrived = self.copied is not None and self.copied.query()
+        result = self._result(self.copy, self.copied_images) if arrived else None
+        if arrived or self.copied is None:
+            self.copy.copy_(self.sums, non_blocking=True)
+            self.copied, self.copied_images = torch.cuda.Event(), self.images
+            self.copied.record()
+        return result
+
+    @staticmethod
+    def _result(sums: Tensor, images: int) -> Result:
+        return Result(loss=sums[0].item() / images, accuracy=100 * sums[1].item() / images)
+
+
+def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, batches: BatchStream, device: torch.device,
+                label_smoothing: float, bar: tqdm) -> Result:
+    """One step of `optimizer` for each batch (images float32 N x 3 x H x W, labels int64 N). Returns the figures of the
+    epoch as it went, with the network in training mode. Raises Diverged when the loss is not finite."""
+    net.train()
+    figures, shown = Figures(device), time.monotonic()
+    for images, labels in batches:
+        images, labels = _move(images, labels, device)
+        with _autocast(device):
+            logits = net(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        figures.add(loss, logits, labels)
+        bar.update(len(labels))
+        if time.monotonic() - shown > 1:
+            shown = time.monotonic()
+            _show(figures.glance(), bar)
+    return _finite(figures.result())
+
+
+@torch.no_grad()
+def test(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
+    """The figures of the network in evaluation mode; the loss is plain cross-entropy."""
+    net.eval()
+    figures = Figures(device)
+    for images, labels in batches:
+        images, labels = _move(images, labels, device)
+        with _autocast(device):
+            logits = net(images)
+            loss = F.cross_entropy(logits, labels)
+        figures.add(loss, logits, labels)
+    return figures.result()
+
+
+def _move(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    return (images.to(device, non_blocking=True, memory_format=torch.channels_last),
+            labels.to(device, non_blocking=True))
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+
+
+def _show(result: Result | None, bar: tqdm) -> None:
+    if result is not None:
+        _finite(result)
+        bar.set_postfix_str(f"loss {result.loss:.4f}, accuracy {result.accuracy:.2f} %", refresh=False)
+
+
+def _finite(result: Result) -> Result:
+    if not math.isfinite(result.loss):
+        raise Diverged(f"the loss became {result.loss}: training has diverged, lower --lr")
+    return result
+
+
+# ---------------------------------------------------------------- the machine
+
+def find_device(name: str) -> torch.device:
+    """The device of Config's name for it. Raises UserError when it isn't there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
+    if (device.index or 0) >= there:
+        raise UserError(f"device is {name}, but this PyTorch finds {there} {device.type} devices: "
+                        "use --device cpu, or install a PyTorch that fits the hardware")
+    torch.backends.cudnn.benchmark = True
+    return device
+
+
+def seed_torch(seed: int, epoch: int) -> None:
+    """Make torch's own random numbers (the network's initialization, dropout) a function of (seed, epoch).
+
+    The two are hashed because torch's CPU generator looks at 32 bits of its seed only.
+    """
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks for the next step, instead of returning and fetching the pages of every
+    activation anew: on a CPU that is a fifth of a step's time (benchmarks/training_speed.py). Elsewhere, nothing."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(-4, 0)   # M_MMAP_MAX: no block in a mapping of its own
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
