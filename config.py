@@ -6,6 +6,7 @@ name: `python main.py --batch-size 256 --nesterov`. The text beside each setting
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +68,16 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            value = getattr(self, field.name)
+            if field.type is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            _check(field, value)
         if self.min_lr > self.lr:
             raise UserError(f"min_lr is {self.min_lr}, above lr, {self.lr}: the cosine only falls; lower min_lr")
         if self.nesterov and self.momentum == 0:
             raise UserError("nesterov is on but momentum is 0.0: Nesterov's form needs a momentum above 0")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
+            raise UserError(f"device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
         if any(not (c.isalnum() or c in "-_.+=") for c in self.name) or len(self.name) > 100:
             raise UserError(f"name is {self.name!r}, but may hold at most 100 letters, digits and -_.+= only")
 
@@ -79,8 +85,6 @@ class Config:
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raise UserError unless `value` has the field's type and lies in its range."""
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
-    if field.type is float and type(value) is int:
-        value = float(value)
     if type(value) is not field.type:
         raise UserError(f"{field.name} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
     if choices and value not in choices:

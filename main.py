@@ -104,7 +104,7 @@ def train(config: Config, given: dict[str, Any], resume: str | None) -> None:
         run_epochs(parts, log, checkpoints)
         finish(parts, log)
     except BaseException as end:
-        checkpoints.rescue(end, log)
+        checkpoints.rescue(end)
         raise
 
 
@@ -188,7 +188,7 @@ def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Check
     log = records.Log(folder, record, rows)
     log.start(records.torch_summary(parts.net, str(parts.device)))
     print("\n".join(log.comments), end="\n\n", flush=True)
-    return log, checkpoint.Checkpoints(folder, lock, places)
+    return log, checkpoint.Checkpoints(folder, lock, places, saved=len(rows))
 
 
 def run_epochs(parts: Parts, log: "Log", checkpoints: "Checkpoints") -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import signal
+import warnings
 from collections.abc import Iterator
 
 import albumentations as A
@@ -74,9 +75,11 @@ class Batches:
         # A forked worker has the images already; one that was spawned would get them pickled, a copy each.
         shared = workers > 0 and multiprocessing.get_start_method() != "fork"
         self.requests = Requests()
-        self.loader = DataLoader(
-            BatchDataset(splits, policies, seed, shared), batch_size=None, sampler=self.requests, num_workers=workers,
-            worker_init_fn=_start_worker, persistent_workers=workers > 0, pin_memory=pin_memory)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+            self.loader = DataLoader(
+                BatchDataset(splits, policies, seed, shared), batch_size=None, sampler=self.requests, num_workers=workers,
+                worker_init_fn=_start_worker, persistent_workers=workers > 0, pin_memory=pin_memory)
 
     def shuffled(self, split: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch)."""

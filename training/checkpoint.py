@@ -6,9 +6,10 @@ import hashlib
 import io
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
 MOVABLE = {"workers", "data_dir", "log_dir", "device", "threads"}  # settings that may change when a run is resumed
 INTERVAL = 10.0  # seconds between writes, so that a GPU's short epochs don't spend their time on them
+LOCK = ".lock"
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -34,8 +36,9 @@ class Damaged(UserError):
 class Checkpoints:
     """The checkpoints in a run's folder: the newest, and the one before it. Holds the run's lock."""
 
-    def __init__(self, folder: Path, lock: IO[bytes], places: dict[str, str]) -> None:
-        self.folder, self.lock, self.places = folder, lock, places
+    def __init__(self, folder: Path, lock: IO[bytes], places: dict[str, str], saved: int) -> None:
+        """`places` are the settings of records.PLACES, `saved` the epochs in the newest checkpoint."""
+        self.folder, self.lock, self.places, self.saved = folder, lock, places, saved
         self.written = time.monotonic()
         self.unwritten: dict[str, Any] | None = None
 
@@ -61,22 +64,19 @@ class Checkpoints:
             os.replace(fresh, newest)
         except OSError as error:
             raise unwritable(newest, error) from error
-        self.unwritten, self.written = None, time.monotonic()
+        self.saved, self.unwritten, self.written = len(self.unwritten["rows"]), None, time.monotonic()
 
-    def rescue(self, end: BaseException, log: Log) -> None:
+    def rescue(self, end: BaseException) -> None:
         """The run is ending by `end`: write what isn't written, and note on `end` what is safe and how to go on."""
-        try:
+        with suppress(UserError):  # a full disk, say, of which `end` tells already
             self.write()
-            epochs = len(log.rows)
-        except UserError:
-            epochs = len(load(self.folder)[0]["rows"])
-        log.rows[epochs:] = []
-        name = self.folder.name
-        safe = f"the {epochs} finished epochs are safe" if epochs else "no epoch was finished"
+        safe = f"epochs 0 to {self.saved - 1} are safe" if self.saved else "no epoch is finished yet"
         if isinstance(end, Diverged):
-            end.add_note(f"{safe} in run {name}, but resuming it would lead to the same loss")
+            end.add_note(f"{safe} in {self.folder}, but to resume it would only repeat this")
         else:
-            end.add_note(f"{safe}; go on with: python main.py --resume {name}")
+            log_dir = self.folder.parent.parent
+            where = "" if log_dir == Path(Config.log_dir) else f" --log-dir {shlex.quote(str(log_dir))}"
+            end.add_note(f"{safe}; go on with: python main.py --resume {self.folder.name}{where}")
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
@@ -148,7 +148,7 @@ class Resumed:
         """Loading the state in here raises UserError where it doesn't fit the parts."""
         try:
             yield
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"the weights of run {self.folder.name} do not fit the network of model.py: "
                             "undo the edits made since, or start a new run") from error
 
@@ -167,14 +167,32 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
         raise UserError(f"run {folder.name} is finished: there is nothing to resume")
     held = lock(folder)
     state, notes = load(folder)
-    config = Config(**(state["record"]["config"] | state["places"]))
+    config = _config_of(state, folder)
     for setting, value in given.items():
         if setting not in MOVABLE and value != getattr(config, setting):
             raise UserError(f"{setting} is {value} on the command line, but run {folder.name} has "
                             f"{getattr(config, setting)}: leave --{setting.replace('_', '-')} out, or start a new run")
     moved = {setting: value for setting, value in given.items() if setting in MOVABLE}
-    config = dataclasses.replace(config, **moved, log_dir=str(folder.parent.parent))
+    config = dataclasses.replace(config, **(moved | {"log_dir": str(folder.parent.parent)}))
+    _tidy(folder, damaged=bool(notes))
     return Resumed(folder, config, state, notes, held)
+
+
+def _config_of(state: dict[str, Any], folder: Path) -> Config:
+    try:
+        return Config(**(state["record"]["config"] | state["places"]))
+    except (TypeError, KeyError, UserError) as error:
+        raise UserError(f"run {folder.name} was made by another version of this program ({error}): "
+                        "resume it with that one, or start it anew") from error
+
+
+def _tidy(folder: Path, damaged: bool) -> None:
+    """Remove what a crash left half written, and put a damaged newest checkpoint where it can't displace the previous."""
+    for left in folder.glob(".*"):
+        if left.name != LOCK:
+            left.unlink()
+    if damaged and (folder / NEWEST).exists():
+        os.replace(folder / NEWEST, folder / "checkpoint.damaged.pt")
 
 
 def resumable(folder: Path) -> bool:
@@ -193,9 +211,9 @@ def lock(folder: Path) -> IO[bytes]:
     """Mark a run as running for as long as the returned file is open and this process lives. Raises UserError when it
     is running already. The lock is the process's own: workers that outlive a killed parent don't hold it."""
     try:
-        file = open(folder / ".lock", "ab")  # noqa: SIM115 (open for the whole run)
+        file = open(folder / LOCK, "ab")  # noqa: SIM115 (open for the whole run)
     except OSError as error:
-        raise unwritable(folder / ".lock", error) from error
+        raise unwritable(folder / LOCK, error) from error
     try:
         if os.name == "nt":
             import msvcrt

@@ -22,6 +22,7 @@ from config import UserError
 SIDE = 32  # pixels
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 SPLITS = ("train", "test")
+ALONE = 5000  # files; fewer are decoded sooner than other processes start
 
 
 @dataclass(frozen=True)
@@ -262,7 +263,7 @@ def _decode_all(paths: list[str]) -> np.ndarray:
     """uint8, N x 32 x 32 x 3. Several processes where there is enough work to pay for starting them."""
     chunks = [paths[i:i + 250] for i in range(0, len(paths), 250)]
     with tqdm(total=len(paths), desc="decoding", unit="image", disable=None, leave=False) as bar:
-        if len(paths) < 5000:
+        if len(paths) < ALONE:
             done = _watch(map(_decode_chunk, chunks), bar)
         else:
             with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -1,0 +1,541 @@
+"""Exact resume, and every fault that can end a run: real signals, real kills, real small disks."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL, one_line, start, write_folder
+from safetensors.torch import load_file
+from test_program import figures, only_run
+
+import main
+from config import UserError
+from training import checkpoint, faults, loop
+from training.checkpoint import NEWEST, PREVIOUS, load, pack, take_up, unpack
+from training.records import find_runs, read_run
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "final.safetensors").read_bytes()
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (load_file(folder / "final.safetensors") for folder in (one, other))
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def stop_in_epoch(monkeypatch):
+    """stop_in_epoch(n): the run that follows is stopped by a real SIGINT in the middle of epoch n."""
+    train_epoch = loop.train_epoch
+
+    def arrange(number: int):
+        calls = iter(range(number, -1, -1))
+
+        def stopped(net, optimizer, batches, *rest):
+            if next(calls, None) == 0:
+                train_epoch(net, optimizer, [next(iter(batches))], *rest)  # some weights have moved
+                signal.raise_signal(signal.SIGINT)
+            return train_epoch(net, optimizer, batches, *rest)
+
+        monkeypatch.setattr(loop, "train_epoch", stopped)
+
+    return arrange
+
+
+@pytest.fixture
+def uninterrupted(run, tmp_path):
+    """The folder of a run of four epochs that nothing disturbed; its logs lie apart."""
+    logs = tmp_path / "whole"
+    assert run("--epochs", "4", "--dropout", "0.2", "--log-dir", str(logs))[0] == 0
+    return find_runs(logs)[0]
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, tmp_path, uninterrupted, stop_in_epoch, epoch):
+    stop_in_epoch(epoch)
+    status, _, err = run("--epochs", "4", "--dropout", "0.2")
+    folder = only_run(tmp_path)
+    assert status == 130
+    assert f"python main.py --resume {folder.name} --log-dir {tmp_path / 'logs'}" in one_line(err)
+    assert len(read_run(folder).rows) == epoch
+    assert read_run(folder).summary is None
+    status, _, err = run("--resume", "--workers", "2")
+    assert (status, err) == (0, "")
+    assert only_run(tmp_path) == folder
+    assert same_weights(folder, uninterrupted)
+    assert figures(folder) == figures(uninterrupted)
+    assert (tmp_path / "logs" / "model_accuracy.log").read_bytes() == (folder / "model_accuracy.log").read_bytes()
+    assert not any("resumed" in line for line in read_run(folder).comments)
+
+
+def test_a_run_that_ended_between_its_last_epoch_and_its_summary_is_finished_by_resume(run, tmp_path, uninterrupted):
+    run("--epochs", "4", "--dropout", "0.2")
+    folder = only_run(tmp_path)
+    for name in ("summary.json", "final.safetensors"):
+        (folder / name).unlink()
+    assert run("--resume")[0] == 0
+    assert same_weights(folder, uninterrupted)
+    assert read_run(folder).summary["epochs"] == 4
+
+
+def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures):
+    stop_in_epoch(1)
+    run("--epochs", "2", "--name", "mine")
+    name = only_run(tmp_path).name
+    before = (only_run(tmp_path) / NEWEST).read_bytes()
+    for flag, words in ((["--epochs", "5"], "epochs is 5 on the command line, but run"), (["--lr", "0.02"], "lr is 0.02"),
+                        (["--seed", "1"], "leave --seed out"), (["--dataset", "synthetic"], "dataset is synthetic")):
+        status, _, err = run("--resume", name, *flag)
+        assert status == 2
+        assert words in one_line(err)
+        assert name in err
+    other = write_folder(tmp_path / "other", 10, 5)
+    status, _, err = run("--resume", name, "--data-dir", str(other))
+    assert status == 2
+    assert "are not those that run" in one_line(err)
+    assert (only_run(tmp_path) / NEWEST).read_bytes() == before
+    status, out, err = run("--resume", name, "--epochs", "2", "--threads", "2", "--data-dir", str(pictures))
+    assert (status, err) == (0, "")
+    assert "the bits may differ" in out
+    assert "threads 1 -> 2" in read_run(only_run(tmp_path)).comments[-1]
+    status, _, err = run("--resume", name)
+    assert "is finished" in one_line(err)
+
+
+def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, stop_in_epoch, monkeypatch):
+    import model
+
+    stop_in_epoch(1)
+    run("--epochs", "2")
+    monkeypatch.setattr(model, "Net", lambda *_: torch.nn.Sequential(
+        torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
+    status, _, err = run("--resume")
+    assert status == 2
+    assert "do not fit the network of model.py" in one_line(err)
+
+
+def test_a_running_run_is_not_resumed(run, tmp_path, stop_in_epoch):
+    stop_in_epoch(0)
+    run("--epochs", "2")
+    held = start("--resume", "--log-dir", str(tmp_path / "logs"), before="from training import loop; import time\n"
+                 "loop.train_epoch = lambda *_: (print('in', flush=True), time.sleep(600))")
+    try:
+        while held.stdout.readline() != "in\n":
+            assert held.poll() is None
+        status, _, err = run("--resume")
+        assert status == 2
+        assert "is still running" in one_line(err)
+    finally:
+        held.kill()
+        held.wait()
+    assert run("--resume")[0] == 0
+
+
+# ---------------------------------------------------------------- damage
+
+def damages(whole: bytes, path: Path):
+    """(name, content) of every kind of damage to the checkpoint file `whole`."""
+    class Malicious:
+        def __reduce__(self):
+            return os.system, (f"touch {path}",)
+
+    buffer = io.BytesIO()
+    torch.save({"net": Malicious()}, buffer)
+    evil = [pickle.dumps(Malicious()), buffer.getvalue()]
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    yield "empty", b""
+    yield "truncated", whole[:len(whole) // 2]
+    yield "flipped", bytes(flipped)
+    yield "zeros", bytes(len(whole))
+    for number, content in enumerate(evil):  # with the right checksum: who can write the file can write that too
+        yield f"malicious{number}", content + hashlib.sha256(content).digest()
+    yield "foreign", pack({"weights": torch.zeros(3)})
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_previous_used(run, tmp_path, monkeypatch, uninterrupted, stop_in_epoch):
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    stop_in_epoch(3)
+    run("--epochs", "4", "--dropout", "0.2")
+    folder, trap = only_run(tmp_path), tmp_path / "trap"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for kind, content in damages(whole[NEWEST], trap):
+        (folder / NEWEST).write_bytes(content)
+        (folder / PREVIOUS).write_bytes(content)
+        status, _, err = run("--resume")
+        assert status == 2, kind
+        assert NEWEST in one_line(err)
+        assert PREVIOUS in err
+        assert (folder / NEWEST).read_bytes() == (folder / PREVIOUS).read_bytes() == content
+
+        (folder / PREVIOUS).write_bytes(whole[PREVIOUS])
+        status, out, err = run("--resume")
+        assert (status, err) == (0, ""), kind
+        assert f"went on from {PREVIOUS}" in out
+        assert any(NEWEST in line for line in read_run(folder).comments)
+        assert same_weights(folder, uninterrupted), kind
+        assert figures(folder) == figures(uninterrupted)
+        for path in folder.iterdir():
+            path.unlink()
+        for name, data in whole.items():
+            (folder / name).write_bytes(data)
+    assert not trap.exists()
+
+
+def test_a_crash_between_the_two_renames_loses_nothing(run, tmp_path, uninterrupted, stop_in_epoch):
+    stop_in_epoch(2)
+    run("--epochs", "4", "--dropout", "0.2")
+    folder = only_run(tmp_path)
+    (folder / NEWEST).rename(folder / PREVIOUS)
+    (folder / ".checkpoint.pt.123").write_bytes(b"half")
+    assert run("--resume")[0] == 0
+    assert same_weights(folder, uninterrupted)
+    assert not list(folder.glob(".checkpoint*"))
+
+
+def test_short_epochs_do_not_write_each_time(run, monkeypatch):
+    written = []
+    monkeypatch.setattr(checkpoint.Checkpoints, "write", lambda self: written.append(self.unwritten["scheduler"]["last_epoch"]))
+    clock = iter(range(0, 10_000, 4))  # seconds at each look at the clock
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: float(next(clock)))
+    held = checkpoint.Checkpoints(Path(), None, {}, 0)
+    for epoch in range(1, 8):
+        held.epoch_ended({"net": {}, "optimizer": {}, "scheduler": {"last_epoch": epoch}}, FakeLog(), last=epoch == 7)
+    assert written == [3, 4, 5, 6, 7]  # the fake write does not set the clock back, so all are due from the third on
+
+
+class FakeLog:
+    def __init__(self):
+        self.rows, self.record = [], {}
+
+
+def test_users_can_torch_load_a_checkpoint(run, tmp_path):
+    run("--epochs", "1")
+    state = torch.load(only_run(tmp_path) / NEWEST, weights_only=True)
+    assert state["scheduler"]["last_epoch"] == 1
+    assert set(state) == checkpoint.KEYS
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    kind = rng.randrange(5)
+    at = rng.randrange(len(data))
+    if kind == 0:
+        return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1:]
+    if kind == 1:
+        return data[:at]
+    if kind == 2:
+        return data[:at] + rng.randbytes(rng.randrange(1, 9)) + data[at:]
+    if kind == 3:
+        return data[:at] + rng.randbytes(min(16, len(data) - at)) + data[at + 16:]
+    return data[:at] + data[at + rng.randrange(1, 100):]
+
+
+def test_fuzz_of_checkpoint_config_and_log(run, tmp_path, monkeypatch, stop_in_epoch):
+    """2,400 random mutations: never anything but a UserError, never a state that is not the saved one."""
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    stop_in_epoch(2)
+    run("--epochs", "3")
+    folder, rng = only_run(tmp_path), random.Random(0)
+    whole = {name: (folder / name).read_bytes() for name in (NEWEST, "config.json", "model_accuracy.log")}
+    (folder / PREVIOUS).unlink()
+    for _ in range(800):
+        content = mutated(whole[NEWEST], rng)
+        (folder / NEWEST).write_bytes(content)
+        if content != whole[NEWEST]:
+            with pytest.raises(UserError):
+                load(folder)
+    (folder / NEWEST).write_bytes(whole[NEWEST])
+    for name in ("config.json", "model_accuracy.log"):
+        for _ in range(800):
+            (folder / name).write_bytes(mutated(whole[name], rng))
+            with contextlib.suppress(UserError):
+                read_run(folder)
+            if rng.random() < 0.05:
+                resumed = take_up("", {"log_dir": str(tmp_path / "logs")})  # looks at neither file
+                assert len(resumed.state["rows"]) == 2
+                resumed.lock.close()
+        (folder / name).write_bytes(whole[name])
+    assert unpack(folder / NEWEST)["scheduler"]["last_epoch"] == 2
+
+
+# ---------------------------------------------------------------- signals
+
+def started(pictures: Path, logs: Path, *more: str) -> subprocess.Popen:
+    """A long run in a process of its own with two workers, past its second epoch."""
+    process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(logs), "--epochs", "100000",
+                    *SMALL, "--workers", "2", *more)
+    wait_for_epoch(process, 1)
+    return process
+
+
+def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
+    for line in process.stdout:
+        if line.split()[:1] == [str(epoch)]:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def children(pid: int) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listed.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_with_everything_saved(pictures, tmp_path, number, status):
+    process = started(pictures, tmp_path)
+    workers = [pid for pid in children(process.pid) if alive(pid)]
+    assert len(workers) >= 2
+    os.killpg(process.pid, number)  # as a terminal does: to the workers too
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status
+    (folder,) = find_runs(tmp_path)
+    assert f"stopped by {number.name}; epochs 0 to " in one_line(err)
+    assert f"--resume {folder.name}" in err
+    rows = read_run(folder).rows
+    saved = load(folder)[0]
+    assert len(rows) == saved["scheduler"]["last_epoch"] == len(saved["rows"]) >= 2
+    assert not any(alive(pid) for pid in workers)
+
+
+def test_a_second_signal_ends_it_at_once(pictures, tmp_path):
+    process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "9", *SMALL,
+                    before="from training import checkpoint as c; import time\n"
+                           "c.Checkpoints.rescue = lambda *_: (print('rescuing', flush=True), time.sleep(600))")
+    wait_for_epoch(process, 0)
+    process.send_signal(signal.SIGTERM)
+    while process.stdout.readline() != "rescuing\n":
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+def kill_and_resume(arguments: list[str], logs: Path, kills: int, longest: float, seed: int, interval: float | None) -> int:
+    """Start a run, kill -9 it at random moments, resume it each time; then let it end. Returns the kills that hit."""
+    rng, hits = random.Random(seed), 0
+    for attempt in range(kills + 1):
+        resumable = any(checkpoint.resumable(run) for run in find_runs(logs))
+        process = start(*(["--resume", "--log-dir", str(logs)] if resumable else arguments), interval=interval)
+        try:
+            if attempt < kills:
+                process.communicate(timeout=rng.uniform(0, longest))
+            else:
+                _, err = process.communicate()
+                assert process.returncode == 0, err
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            hits += 1
+        if any((run / "summary.json").exists() for run in find_runs(logs)):
+            break
+    return hits
+
+
+def assert_killed_run_equals(uninterrupted: Path, logs: Path) -> None:
+    (folder,) = find_runs(logs)
+    assert weights(folder) == weights(uninterrupted)
+    assert figures(folder) == figures(uninterrupted)
+
+
+def test_kill_9_at_a_few_random_moments(pictures, tmp_path):
+    arguments = ["--dataset", "folder", "--data-dir", str(pictures), "--epochs", "8", *SMALL]
+    whole = start(*arguments, "--log-dir", str(tmp_path / "whole"))
+    assert whole.wait() == 0
+    took = sum(row["seconds"] for row in read_run(find_runs(tmp_path / "whole")[0]).rows)
+    hits = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 4, 5 + took, 1, 0.0)
+    assert hits > 0
+    assert_killed_run_equals(find_runs(tmp_path / "whole")[0], tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_kill_9_at_50_random_moments(tmp_path):
+    """Eight epochs on the built-in set, killed 50 times."""
+    arguments = ["--dataset", "synthetic", "--epochs", "8"]
+    whole = start(*arguments, "--log-dir", str(tmp_path / "whole"))
+    assert whole.wait() == 0
+    hits = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 50, 20, 2, None)
+    print(f"{hits} kills")
+    assert hits >= 40
+    assert_killed_run_equals(find_runs(tmp_path / "whole")[0], tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_kill_9_on_cifar10(cifar10, tmp_path):
+    """Two epochs of the real thing, killed three times."""
+    arguments = ["--dataset", "cifar10", "--data-dir", str(cifar10), "--epochs", "2"]
+    whole = start(*arguments, "--log-dir", str(tmp_path / "whole"))
+    assert whole.wait() == 0
+    took = sum(row["seconds"] for row in read_run(find_runs(tmp_path / "whole")[0]).rows)
+    hits = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 3, 10 + took, 3, None)
+    assert hits == 3
+    assert_killed_run_equals(find_runs(tmp_path / "whole")[0], tmp_path / "killed")
+
+
+# ---------------------------------------------------------------- faults
+
+def test_a_killed_worker_is_named(pictures, tmp_path):
+    process = started(pictures, tmp_path)
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "a worker process was killed" in one_line(err)
+    assert "epochs 0 to" in err
+    assert "--resume" in err
+    (folder,) = find_runs(tmp_path)
+    assert len(load(folder)[0]["rows"]) == len(read_run(folder).rows) >= 2
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory ran out: lower --batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: lower"),
+    (MemoryError(), "memory ran out: lower --batch-size")])
+def test_memory_that_runs_out_is_named(run, tmp_path, monkeypatch, error, words):
+    train_epoch, calls = loop.train_epoch, iter(range(10))
+
+    def starving(*arguments):
+        if next(calls) == 2:
+            raise error
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(loop, "train_epoch", starving)
+    status, _, err = run("--epochs", "4")
+    assert status == 2
+    assert words in one_line(err)
+    assert "epochs 0 to 1 are safe; go on with: python main.py --resume" in err
+    assert run("--resume")[0] == 0
+
+
+def test_a_loss_that_turns_nan_is_named(run, tmp_path, monkeypatch):
+    train_epoch, calls = loop.train_epoch, iter(range(10))
+
+    def poisoned(net, *rest):
+        if next(calls) == 1:
+            with torch.no_grad():
+                next(net.parameters()).fill_(torch.nan)
+        return train_epoch(net, *rest)
+
+    monkeypatch.setattr(loop, "train_epoch", poisoned)
+    status, _, err = run("--epochs", "3")
+    assert status == 2
+    assert "the loss became nan" in one_line(err)
+    assert "epochs 0 to 0 are safe" in err
+    assert len(load(only_run(tmp_path))[0]["rows"]) == 1
+
+
+def test_other_runtime_errors_are_bugs():
+    with pytest.raises(RuntimeError, match="shape"), faults.named_faults():
+        raise RuntimeError("Caught RuntimeError in DataLoader worker process 0: shape")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own, 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if shutil.which("mount") is None or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    yield disk
+    subprocess.run(["umount", "-l", disk])
+
+
+def at_epoch(monkeypatch, number: int, action) -> None:
+    train_epoch, calls = loop.train_epoch, iter(range(100))
+
+    def acting(*arguments):
+        if next(calls) == number:
+            action()
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(loop, "train_epoch", acting)
+
+
+def test_a_full_disk(run, small_disk, monkeypatch, uninterrupted):
+    monkeypatch.setattr(checkpoint, "INTERVAL", 0.0)
+    filler = small_disk / "filler"
+    at_epoch(monkeypatch, 2, lambda: filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000)))
+    status, _, err = run("--epochs", "4", "--dropout", "0.2", "--log-dir", str(small_disk))
+    assert status == 2
+    assert "could not be written (No space left on device): make room" in one_line(err)
+    assert "epochs 0 to 1 are safe; go on with" in err
+    (folder,) = find_runs(small_disk)
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", NEWEST, PREVIOUS, "config.json", "model_accuracy.log", "torch_summary.log"}
+    filler.unlink()
+    assert run("--resume", "--log-dir", str(small_disk))[0] == 0
+    assert same_weights(folder, uninterrupted)
+    assert figures(folder) == figures(uninterrupted)
+
+
+def test_no_room_for_a_run_at_all(run, small_disk):
+    (small_disk / "filler").write_bytes(bytes(shutil.disk_usage(small_disk).free - 100_000))
+    status, _, err = run("--epochs", "1", "--log-dir", str(small_disk))
+    assert status == 2
+    assert "No space left on device" in one_line(err)
+    assert not list((small_disk / "runs").iterdir())
+
+
+def test_a_log_folder_that_becomes_read_only(run, small_disk, monkeypatch, uninterrupted):
+    at_epoch(monkeypatch, 1, lambda: subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True))
+    status, _, err = run("--epochs", "4", "--dropout", "0.2", "--log-dir", str(small_disk))
+    assert status == 2
+    assert "could not be written (Read-only file system): make room or give write permission" in one_line(err)
+    assert "--resume" in err
+    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    assert run("--resume", "--log-dir", str(small_disk))[0] == 0
+    assert same_weights(find_runs(small_disk)[0], uninterrupted)
+
+
+def test_two_runs_at_once_never_mix(pictures, tmp_path):
+    arguments = ["--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "3", *SMALL]
+    both = [start(*arguments, "--seed", str(seed)) for seed in (0, 1)]
+    for process in both:
+        process.communicate()
+        assert process.returncode == 0
+    runs = [read_run(folder) for folder in find_runs(tmp_path)]
+    assert sorted(run.record["config"]["seed"] for run in runs) == [0, 1]
+    copy = (tmp_path / "model_accuracy.log").read_text()
+    assert copy in [(run.folder / "model_accuracy.log").read_text() for run in runs]
+
+
+def test_a_checkpoint_of_another_version_is_refused(run, tmp_path, stop_in_epoch):
+    stop_in_epoch(1)
+    run("--epochs", "2")
+    folder = only_run(tmp_path)
+    state = unpack(folder / NEWEST)
+    state["record"]["config"]["colour"] = "blue"
+    (folder / NEWEST).write_bytes(pack(state))
+    status, _, err = run("--resume")
+    assert status == 2
+    assert "another version of this program" in one_line(err)
+
+
+def test_config_json_is_what_the_checkpoint_says(run, tmp_path):
+    run("--epochs", "1")
+    folder = only_run(tmp_path)
+    assert json.loads((folder / "config.json").read_text()) == unpack(folder / NEWEST)["record"]
+
+
+def test_the_signal_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(faults.Stopped), faults.stopping_on_signals():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert main.main(["--epochs", "0"]) == 2

@@ -1,0 +1,220 @@
+"""main.py from its command line: what a user types, sees and finds."""
+
+import json
+import subprocess
+import sys
+
+import pandas
+import pytest
+import torch
+from conftest import ROOT, one_line, start
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import main
+from config import Config
+from model import Net
+from training.records import find_runs, read_log, read_run
+
+# the learning rates that the design fixes, by epoch
+RATES = {0: "0.010000", 10: "0.009619", 20: "0.008536", 30: "0.006914", 40: "0.005001", 50: "0.003087", 60: "0.001465",
+         70: "0.000382", 79: "0.000005"}
+
+
+def only_run(tmp_path):
+    (folder,) = find_runs(tmp_path / "logs")
+    return folder
+
+
+def figures(folder) -> str:
+    """The log's table without its seconds."""
+    lines = (folder / "model_accuracy.log").read_text().splitlines()
+    return "\n".join(line.rsplit(maxsplit=1)[0] for line in lines if not line.startswith("#"))
+
+
+def test_a_run_leaves_the_files_of_the_design(run, tmp_path):
+    status, out, err = run("--epochs", "2", "--name", "first")
+    assert (status, err) == (0, "")
+    folder = only_run(tmp_path)
+    assert folder.name.endswith("-first")
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock", "config.json", "model_accuracy.log", "torch_summary.log", "checkpoint.pt", "checkpoint.previous.pt",
+        "final.safetensors", "summary.json"}
+    found = read_run(folder)
+    assert found.record["config"]["epochs"] == 2
+    assert found.record["network"]["receptive_field"] == 79
+    assert found.record["dataset"]["class_names"] == ["disc", "ring", "square"]
+    assert len(found.rows) == found.summary["epochs"] == 2
+    assert found.summary["test_acc"] == pytest.approx(found.rows[-1]["test_acc"], abs=0.005)
+    for name in ("model_accuracy.log", "torch_summary.log"):
+        assert (tmp_path / "logs" / name).read_bytes() == (folder / name).read_bytes()
+    frame = pandas.read_csv(tmp_path / "logs" / "model_accuracy.log", sep=r"\s+", comment="#")
+    assert frame["epoch"].tolist() == [0, 1]
+    for path in folder.glob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes() or path.suffix == ".pt"
+    assert out.splitlines()[-1] == f"Everything is in {folder}"
+
+
+def test_the_final_weights_load_in_three_lines_and_give_the_logged_accuracy(run, tmp_path, pictures):
+    run("--epochs", "3", "--lr", "0.05")
+    folder = only_run(tmp_path)
+    net = Net(num_classes=3)
+    net.load_state_dict(load_file(folder / "final.safetensors"))
+    net.eval()
+    with safe_open(folder / "final.safetensors", "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert about["class_names"] == ["disc", "ring", "square"]
+    assert about["config"]["lr"] == 0.05
+    from training.images import folder as load_folder
+    test = load_folder(pictures).test
+    images = (torch.from_numpy(test.images) / 255 - torch.tensor(about["mean"])) / torch.tensor(about["standard_deviation"])
+    right = (net(images.permute(0, 3, 1, 2).float()).argmax(1) == torch.from_numpy(test.labels)).float().mean()
+    assert f"{100 * right:.2f}" == f"{read_run(folder).rows[-1]['test_acc']:.2f}"
+
+
+def test_one_config_gives_the_same_bytes_and_figures_whatever_the_workers(run, tmp_path):
+    for workers in ("0", "0", "4"):
+        assert run("--epochs", "2", "--dropout", "0.3", "--workers", workers)[0] == 0
+    folders = find_runs(tmp_path / "logs")
+    weights = [load_file(folder / "final.safetensors") for folder in folders]
+    for other in weights[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in weights[0].items())
+    assert len({figures(folder) for folder in folders}) == 1
+    run("--epochs", "2", "--dropout", "0.3", "--seed", "1")
+    assert figures(find_runs(tmp_path / "logs")[0]) != figures(folders[0])
+
+
+def test_the_learning_rates_of_the_baseline(run, tmp_path, monkeypatch):
+    """All 80 epochs through the program, each cut short: the rates are the scheduler's, not the test's."""
+    from training import loop
+    from training.loop import Result
+
+    def epoch(net, optimizer, *_):
+        optimizer.step()
+        return Result(1.0, 10.0)
+
+    monkeypatch.setattr(loop, "train_epoch", epoch)
+    monkeypatch.setattr(loop, "test", lambda *_: Result(1.0, 10.0))
+    assert run()[0] == 0
+    lines = (only_run(tmp_path) / "model_accuracy.log").read_text().splitlines()
+    logged = {int(line.split()[0]): line.split()[1] for line in lines if line[0] != "#" and "epoch" not in line}
+    assert len(logged) == 80
+    assert {epoch: logged[epoch] for epoch in RATES} == RATES
+
+
+def test_with_validation_the_test_images_wait_for_the_end(run, tmp_path):
+    assert run("--epochs", "3", "--validation", "9")[0] == 0
+    folder = only_run(tmp_path)
+    rows = read_run(folder).rows
+    assert [row["test_acc"] == row["test_acc"] for row in rows] == [False, False, True]
+    assert all(0 <= row["val_acc"] <= 100 for row in rows)
+    assert (folder / "best.safetensors").exists()
+    assert read_run(folder).record["dataset"]["train"] == 39
+
+
+def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, monkeypatch):
+    from training import images
+
+    real = images.synthetic()
+    monkeypatch.setattr(images, "synthetic", lambda: images.Images(
+        "synthetic", real.class_names, images.Split(real.train.images[:64], real.train.labels[:64]),
+        images.Split(real.test.images[:32], real.test.labels[:32]), real.validation))
+    status, out, err = run("--dataset", "auto", "--data-dir", str(tmp_path / "none"))
+    assert status == 0
+    assert "DEMONSTRATION" in out
+    assert "could not be downloaded" in err
+    for name in ("logs/model_accuracy.log", f"logs/runs/{only_run(tmp_path).name}/model_accuracy.log"):
+        comments, rows = read_log(tmp_path / name)
+        assert "DEMONSTRATION" in comments[1]
+        assert len(rows) == 5
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--lr", "-0.1"], "lr is -0.1"), (["--lr", "nan"], "lr is nan"), (["--momentum", "1.5"], "momentum is 1.5"),
+    (["--batch-size", "0"], "batch_size is 0"), (["--epochs", "0"], "epochs is 0"), (["--epochs", "many"], "invalid int value"),
+    (["--learning-rate", "1"], "unrecognized arguments"), (["--epoch", "1"], "unrecognized arguments"),
+    (["--recipe", "secret"], "invalid choice: 'secret'"), (["--dataset", "mnist"], "dataset is 'mnist'"),
+    (["--device", "gpu"], "device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
+    (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unrecognized arguments: fly"),
+    (["--dataset", "cifar10", "--data-dir", "/nowhere"], "could not be downloaded"),
+    (["--validation", "100"], "validation is 100"),
+    (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run nothing")])
+def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arguments, words):
+    status, out, err = run(*arguments)
+    assert status == 2
+    assert words in one_line(err)
+    assert out == ""
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_where_there_is_none(run):
+    status, _, err = run("--device", "cuda")
+    assert status == 2
+    assert "device is cuda, but this PyTorch finds 0 cuda devices: use --device cpu" in one_line(err)
+
+
+def test_a_log_folder_that_is_a_file(run, tmp_path):
+    (tmp_path / "logs").write_text("mine")
+    status, _, err = run("--epochs", "1")
+    assert status == 2
+    assert "could not be written" in one_line(err)
+    assert (tmp_path / "logs").read_text() == "mine"
+
+
+def test_a_bug_keeps_its_traceback(run, monkeypatch):
+    from training import loop
+
+    monkeypatch.setattr(loop, "train_epoch", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("--epochs", "1")
+
+
+def test_a_diverging_loss_stops_the_run(run, tmp_path):
+    status, _, err = run("--epochs", "5", "--lr", "1000", "--momentum", "0.99")
+    assert status == 2
+    assert "the loss became" in one_line(err)
+    assert "lower --lr" in err
+    assert "repeat this" in err
+    assert not (only_run(tmp_path) / "summary.json").exists()
+
+
+def test_help_tells_every_setting_with_its_default_and_needs_no_torch():
+    out = subprocess.run([sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True, check=True).stdout
+    for name, field in Config.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in out
+        assert f"(default: {field.default!r})" in " ".join(out.split())
+    check = "import sys; sys.argv = ['main.py', '--help']\ntry:\n  import main; main.main(['--help'])\nexcept SystemExit: pass\n"
+    loaded = subprocess.run([sys.executable, "-c", check + "assert 'torch' not in sys.modules"], cwd=ROOT, capture_output=True)
+    assert loaded.returncode == 0
+
+
+def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
+    monkeypatch.setitem(main.RECIPES, "quick", {"epochs": 20, "lr": 0.1})
+    assert main.parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"]) == ({"epochs": 20, "lr": 0.2, "nesterov": True}, None)
+
+
+def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
+    process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
+                    "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    rows = [line.split() for line in out.splitlines() if line[:9].strip().isdigit()]
+    assert [row[0] for row in rows] == ["0", "1"]
+    assert "\r" not in out
+
+
+def test_the_real_cifar10_trains(cifar10, tmp_path, capsys):
+    """Two thousand real images for one epoch: the whole path, with the official batches."""
+    from training import images
+
+    whole = images.load("cifar10", str(cifar10))
+    part = images.Images("cifar10", whole.class_names, images.Split(whole.train.images[:2000], whole.train.labels[:2000]),
+                         images.Split(whole.test.images[:500], whole.test.labels[:500]), whole.validation)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "load", lambda *_: part)
+        status = main.main(["--dataset", "cifar10", "--epochs", "2", "--batch-size", "32", "--workers", "0",
+                            "--device", "cpu", "--log-dir", str(tmp_path / "logs")])
+    assert status == 0
+    rows = read_run(only_run(tmp_path)).rows
+    assert rows[-1]["train_acc"] > 20  # chance is 10
