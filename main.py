@@ -258,11 +258,12 @@ def finish(parts: Parts, log: "Log") -> None:
 
 
 def save(parts: Parts, log: "Log", name: str) -> None:
+    """The weights as they are, with what is needed to use them; the number of workers, which changes nothing, left out."""
     from training.checkpoint import save_weights
 
     save_weights(log.folder / name, parts.net, {
         "class_names": parts.images.class_names, "mean": parts.mean, "standard_deviation": parts.deviation,
-        "config": log.record["config"]})
+        "config": {key: value for key, value in log.record["config"].items() if key != "workers"}})
 
 
 if __name__ == "__main__":

@@ -15,23 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL, one_line, start, write_folder
-from safetensors.torch import load_file
-from test_program import figures, only_run
+from test_program import figures, only_run, weights_of
 
 import main
 from config import UserError
 from training import checkpoint, faults, loop
 from training.checkpoint import NEWEST, PREVIOUS, load, pack, take_up, unpack
 from training.records import find_runs, read_run
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "final.safetensors").read_bytes()
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    a, b = (load_file(folder / "final.safetensors") for folder in (one, other))
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.fixture
@@ -73,7 +63,7 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, tmp_path, unin
     status, _, err = run("--resume", "--workers", "2")
     assert (status, err) == (0, "")
     assert only_run(tmp_path) == folder
-    assert same_weights(folder, uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
     assert figures(folder) == figures(uninterrupted)
     assert (tmp_path / "logs" / "model_accuracy.log").read_bytes() == (folder / "model_accuracy.log").read_bytes()
     assert not any("resumed" in line for line in read_run(folder).comments)
@@ -85,7 +75,7 @@ def test_a_run_that_ended_between_its_last_epoch_and_its_summary_is_finished_by_
     for name in ("summary.json", "final.safetensors"):
         (folder / name).unlink()
     assert run("--resume")[0] == 0
-    assert same_weights(folder, uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
     assert read_run(folder).summary["epochs"] == 4
 
 
@@ -184,7 +174,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_used(run, tmp_pat
         assert (status, err) == (0, ""), kind
         assert f"went on from {PREVIOUS}" in out
         assert any(NEWEST in line for line in read_run(folder).comments)
-        assert same_weights(folder, uninterrupted), kind
+        assert weights_of(folder) == weights_of(uninterrupted), kind
         assert figures(folder) == figures(uninterrupted)
         for path in folder.iterdir():
             path.unlink()
@@ -200,7 +190,7 @@ def test_a_crash_between_the_two_renames_loses_nothing(run, tmp_path, uninterrup
     (folder / NEWEST).rename(folder / PREVIOUS)
     (folder / ".checkpoint.pt.123").write_bytes(b"half")
     assert run("--resume")[0] == 0
-    assert same_weights(folder, uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
     assert not list(folder.glob(".checkpoint*"))
 
 
@@ -350,7 +340,7 @@ def kill_and_resume(arguments: list[str], logs: Path, kills: int, longest: float
 
 def assert_killed_run_equals(uninterrupted: Path, logs: Path) -> None:
     (folder,) = find_runs(logs)
-    assert weights(folder) == weights(uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
     assert figures(folder) == figures(uninterrupted)
 
 
@@ -480,7 +470,7 @@ def test_a_full_disk(run, small_disk, monkeypatch, uninterrupted):
         ".lock", NEWEST, PREVIOUS, "config.json", "model_accuracy.log", "torch_summary.log"}
     filler.unlink()
     assert run("--resume", "--log-dir", str(small_disk))[0] == 0
-    assert same_weights(folder, uninterrupted)
+    assert weights_of(folder) == weights_of(uninterrupted)
     assert figures(folder) == figures(uninterrupted)
 
 
@@ -500,7 +490,7 @@ def test_a_log_folder_that_becomes_read_only(run, small_disk, monkeypatch, unint
     assert "--resume" in err
     subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
     assert run("--resume", "--log-dir", str(small_disk))[0] == 0
-    assert same_weights(find_runs(small_disk)[0], uninterrupted)
+    assert weights_of(find_runs(small_disk)[0]) == weights_of(uninterrupted)
 
 
 def test_two_runs_at_once_never_mix(pictures, tmp_path):

@@ -53,13 +53,13 @@ def test_a_log_reads_back_with_our_reader_and_with_pandas(log):
 
 
 def test_without_validation_its_columns_are_absent(tmp_path):
-    log = Log(new_folder(tmp_path, "", {}), record(), [row(0)])
+    log = Log(new_folder(tmp_path, "", {"config.json": "{}"}), record(), [row(0)])
     assert log.columns() == ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
     assert all(len(line) <= 80 for line in (log.header(), log.last_row()))
 
 
 def test_the_copy_is_that_of_the_run_started_last(tmp_path):
-    first, second = (Log(new_folder(tmp_path, "", {}), record(), []) for _ in range(2))
+    first, second = (Log(new_folder(tmp_path, "", {"config.json": "{}"}), record(), []) for _ in range(2))
     for log in (first, second):
         log.start("summary of " + log.folder.name)
     first.rows.append(row(0))
@@ -141,5 +141,5 @@ def test_what_could_not_be_followed_is_named_below_the_table():
     from model import convolutions
 
     text = receptive_fields(convolutions(Branching()))
-    assert text.splitlines()[-2].split()[-2:] == ["?", "36,864"]
+    assert text.splitlines()[-2].split()[-2:] == ["?", "147,456"]
     assert text.splitlines()[-1].startswith("?: last is given what no layer put out")

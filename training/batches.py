@@ -75,11 +75,11 @@ class Batches:
         # A forked worker has the images already; one that was spawned would get them pickled, a copy each.
         shared = workers > 0 and multiprocessing.get_start_method() != "fork"
         self.requests = Requests()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
-            self.loader = DataLoader(
-                BatchDataset(splits, policies, seed, shared), batch_size=None, sampler=self.requests, num_workers=workers,
-                worker_init_fn=_start_worker, persistent_workers=workers > 0, pin_memory=pin_memory)
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
+        self.loader = DataLoader(
+            BatchDataset(splits, policies, seed, shared), batch_size=None, sampler=self.requests, num_workers=workers,
+            worker_init_fn=_start_worker, persistent_workers=workers > 0, pin_memory=pin_memory,
+            generator=torch.Generator())  # its own, or each pass would draw from torch's, which dropout draws from
 
     def shuffled(self, split: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch)."""

@@ -200,11 +200,17 @@ def resumable(folder: Path) -> bool:
 
 
 def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
-    """Write the weights as safetensors, with `about`, each value as JSON, as metadata."""
+    """Write the weights as safetensors, with `about`, each value as JSON, as metadata. The same weights and metadata give
+    the same bytes."""
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    write(path, save(tensors, {key: json.dumps(value) for key, value in about.items()}), durable=True)
+    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    # The library writes the header's keys in another order in every process: 8 bytes that hold its length, then JSON.
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    write(path, len(header).to_bytes(8, "little") + header + data[8 + length:], durable=True)
 
 
 def lock(folder: Path) -> IO[bytes]:

@@ -127,13 +127,13 @@ def find_device(name: str) -> torch.device:
     """The device of Config's name for it. Raises UserError when it isn't there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[device.type]
-    if (device.index or 0) >= there:
-        raise UserError(f"device is {name}, but this PyTorch finds {there} {device.type} devices: "
+    kind, _, index = name.partition(":")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
+    if int(index or 0) >= there:
+        raise UserError(f"device is {name}, but this PyTorch finds {there} {kind} devices: "
                         "use --device cpu, or install a PyTorch that fits the hardware")
     torch.backends.cudnn.benchmark = True
-    return device
+    return torch.device(name)
 
 
 def seed_torch(seed: int, epoch: int) -> None:

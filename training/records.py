@@ -68,7 +68,7 @@ def new_folder(log_dir: Path, name: str, files: Mapping[str, bytes | str]) -> Pa
     """Make `log_dir`/runs/<date>[-name] with `files` in it: all at once, under a name that no other run has.
 
     The folder is filled under a hidden name and renamed, which the system refuses where the name is taken by another
-    run's folder; then a counter is put behind it. Raises UserError when it can't be made.
+    folder that is not empty; then a counter is put behind it. Raises UserError when it can't be made.
     """
     runs = log_dir / "runs"
     try:

@@ -1,0 +1,70 @@
+"""Write the README's tables anew from what they report: the reference log, the network, the results of the benchmarks.
+
+    python benchmarks/readme.py
+
+Each table stands between two comments that name it. A test fails when one is not what this would write.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from model import Net, convolutions  # noqa: E402 (after the path is set)
+from training.records import read_run  # noqa: E402
+
+# train and test accuracy of the published run of this network, by epoch
+PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
+             79: (87.45, 87.20)}
+STAGES = {"input_block": "input", "conv_block1": "block 1", "conv_block2": "block 2", "conv_block3": "block 3",
+          "conv_block4": "block 4", "head": "head"}
+
+
+def log_table() -> str:
+    """Selected epochs of the reference run beside the published one."""
+    rows = read_run(ROOT / "logs" / "reference").rows
+    lines = ["| epoch | learning rate | train loss | train % | test loss | test % | published train % | published test % |",
+             "|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    for epoch, (train, test) in PUBLISHED.items():
+        row = rows[epoch]
+        lines.append(f"| {epoch} | {row['lr']:.6f} | {row['train_loss']:.4f} | {row['train_acc']:.2f} | {row['test_loss']:.4f} "
+                     f"| {row['test_acc']:.2f} | {train:.2f} | {test:.2f} |")
+    return "\n".join(lines)
+
+
+def stage_table() -> str:
+    """Every stage of the network: kernel, output size, receptive field, parameters, multiply-adds."""
+    net = Net()
+    layers = dict(net.named_modules())
+    lines = ["| stage | convolution | stride | dilation | output | receptive field | weights | multiply-adds |",
+             "|---|---|---:|---:|---|---:|---:|---:|"]
+    for found in convolutions(net):
+        layer = layers[found.name]
+        kind = "depthwise" if layer.groups > 1 else "pointwise" if found.kernel == (1, 1) else "full"
+        size = " x ".join(map(str, found.output))
+        lines.append(f"| {STAGES[found.name.split('.')[0]]} | {kind} {found.kernel[0]}x{found.kernel[1]} | {found.stride[0]} | "
+                     f"{found.dilation[0]} | {size} | {found.receptive_field} | {layer.weight.numel():,} | "
+                     f"{found.multiply_adds:,} |")
+    return "\n".join(lines)
+
+
+def result(name: str) -> str:
+    """A benchmark's result as it was printed."""
+    return "```\n" + (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text().rstrip() + "\n```"
+
+
+def updated(text: str) -> str:
+    """The README `text` with every table made anew."""
+    tables = {"log": log_table(), "stages": stage_table(), "training speed": result("training_speed"),
+              "checkpoint overhead": result("checkpoint_overhead")}
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
+
+
+if __name__ == "__main__":
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
