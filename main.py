@@ -80,12 +80,13 @@ def main(arguments: list[str]) -> int:
             return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
     except UserError as error:
         return _complain(f"error: {error}", error, 2)
-    except KeyboardInterrupt:
-        return _complain("stopped by SIGINT", None, 130)
+    except KeyboardInterrupt as stop:  # before or after the handlers of stopping_on_signals are in place
+        return _complain("stopped by SIGINT", stop, 130)
     return 0
 
 
-def _complain(line: str, error: BaseException | None, status: int) -> int:
+def _complain(line: str, error: BaseException, status: int) -> int:
+    """Print `line` and the notes on `error` as one line on stderr; returns `status`."""
     print(" ".join(("; ".join([line, *getattr(error, "__notes__", [])])).split()), file=sys.stderr)
     return status
 
@@ -167,6 +168,7 @@ def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Check
     then have."""
     import model
     from training import checkpoint, records
+    from training.summary import torch_summary
 
     config, images = parts.config, parts.images
     record = records.record(config, model.facts(parts.net), {
@@ -186,7 +188,7 @@ def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Check
             records.CONFIG: records.as_json(record), checkpoint.NEWEST: checkpoint.pack(first)})
         lock = checkpoint.lock(folder)
     log = records.Log(folder, record, rows)
-    log.start(records.torch_summary(parts.net, str(parts.device)))
+    log.start(torch_summary(parts.net, str(parts.device)))
     print("\n".join(log.comments), end="\n\n", flush=True)
     return log, checkpoint.Checkpoints(folder, lock, places, saved=len(rows))
 

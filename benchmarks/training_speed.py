@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network at import
 RESULTS = Path(__file__).parent / "results"
 WARM_UP = 10  # steps before the clock starts
 

@@ -483,12 +483,16 @@ def test_no_room_for_a_run_at_all(run, small_disk):
 
 
 def test_a_log_folder_that_becomes_read_only(run, small_disk, monkeypatch, uninterrupted):
-    at_epoch(monkeypatch, 1, lambda: subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True))
+    def make_read_only():
+        subprocess.run(["mount", "--bind", small_disk, small_disk], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", small_disk], check=True)
+
+    at_epoch(monkeypatch, 1, make_read_only)
     status, _, err = run("--epochs", "4", "--dropout", "0.2", "--log-dir", str(small_disk))
     assert status == 2
     assert "could not be written (Read-only file system): make room or give write permission" in one_line(err)
     assert "--resume" in err
-    subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    subprocess.run(["umount", small_disk], check=True)
     assert run("--resume", "--log-dir", str(small_disk))[0] == 0
     assert weights_of(find_runs(small_disk)[0]) == weights_of(uninterrupted)
 

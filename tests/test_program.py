@@ -200,12 +200,14 @@ def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
 
 def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
     process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
-                    "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu")
+                    "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu",
+                    before="import urllib.request\nurllib.request.urlopen = lambda *_, **__: print('phoned home')")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if line[:9].strip().isdigit()]
     assert [row[0] for row in rows] == ["0", "1"]
     assert "\r" not in out
+    assert "phoned home" not in out
 
 
 def test_the_real_cifar10_trains(cifar10, tmp_path, capsys):

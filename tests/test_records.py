@@ -8,7 +8,8 @@ import torch
 from config import Config, UserError
 from model import Net, facts
 from training import records
-from training.records import Log, new_folder, read_log, read_run, receptive_fields, torch_summary, write
+from training.records import Log, new_folder, read_log, read_run, write
+from training.summary import receptive_fields, torch_summary
 
 
 def record(**changes):

@@ -5,8 +5,8 @@ import random
 import signal
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import albumentations as A
 import cv2
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from training.images import Split
+
+if TYPE_CHECKING:
+    import albumentations as A
 
 ORDER, AUGMENTATION = 0, 1  # what a random stream is for
 
@@ -32,7 +35,7 @@ class BatchDataset(Dataset):
     """Item (split, epoch, indices) is a whole batch of `splits[split]`, made by `policies[split]`: images float32,
     N x 3 x 32 x 32 in channels_last memory, and labels int64, N. Images cross to worker processes in shared memory."""
 
-    def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], seed: int, shared: bool) -> None:
+    def __init__(self, splits: dict[str, Split], policies: "dict[str, A.Compose]", seed: int, shared: bool) -> None:
         self.images = {name: torch.from_numpy(split.images) for name, split in splits.items()}
         self.labels = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
         self.policies, self.seed = policies, seed
@@ -67,7 +70,7 @@ class Requests:
 class Batches:
     """All batches of a run, from one set of workers that live as long as the run and serve every split."""
 
-    def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
+    def __init__(self, splits: dict[str, Split], policies: "dict[str, A.Compose]", batch_size: int, seed: int,
                  workers: int, pin_memory: bool = False) -> None:
         """`splits` and `policies` have the same keys; `pin_memory` is for copies to a GPU."""
         cv2.setNumThreads(0)
@@ -101,7 +104,8 @@ class Batches:
 
 
 def _start_worker(_: int) -> None:
-    """One core a worker; Ctrl-C is the parent's to answer, and SIGTERM ends a worker as it ends any program."""
+    """One core a worker. Signals that reach the whole process group are the parent's to answer; it ends its workers, and
+    they end by themselves when it is gone."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

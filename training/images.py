@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -266,15 +268,20 @@ def _decode_all(paths: list[str]) -> np.ndarray:
         if len(paths) < ALONE:
             done = _watch(map(_decode_chunk, chunks), bar)
         else:
-            with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+            # Ctrl-C is the parent's to answer; it then waits for the chunks at work, and drops the others.
+            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
+                                       initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+            try:
                 done = _watch(pool.map(_decode_chunk, chunks), bar)
+            finally:
+                pool.shutdown(cancel_futures=True)
     resized = sum(count for _, count in done)
     if resized:
         print(f"{resized:,} of {len(paths):,} images had another size and were resized to 32x32", file=sys.stderr)
     return np.concatenate([images for images, _ in done])
 
 
-def _watch(results, bar: tqdm) -> list[tuple[np.ndarray, int]]:
+def _watch(results: Iterable[tuple[np.ndarray, int]], bar: tqdm) -> list[tuple[np.ndarray, int]]:
     done = []
     for result in results:
         done.append(result)
@@ -284,37 +291,8 @@ def _watch(results, bar: tqdm) -> list[tuple[np.ndarray, int]]:
 
 # ---------------------------------------------------------------- the built-in set
 
-KINDS = ("disc", "ring", "square", "frame", "triangle", "plus", "cross", "horizontal stripes", "vertical stripes",
-         "checkerboard")
-
-
 def synthetic() -> Images:
-    """Ten kinds of drawn shapes in random places, sizes and colours, with noise: 5,000 training, 1,000 test images.
-    The same ones every time."""
-    return Images("synthetic", KINDS, _draw(5000, key=1), _draw(1000, key=2), _nothing())
+    """The drawn shapes: 5,000 training, 1,000 test images, the same ones every time."""
+    from training import shapes
 
-
-def _draw(count: int, key: int) -> Split:
-    random = np.random.Generator(np.random.Philox(key=key))
-    labels = np.arange(count) % len(KINDS)
-
-    def each(low: float, high: float, *shape: int) -> np.ndarray:
-        return random.uniform(low, high, (count, *(shape or (1, 1))))
-
-    # Each image's own coordinates: u to the right and v down, from -1 to 1 inside the shape.
-    rows, columns = np.mgrid[-1:1:SIDE * 1j, -1:1:SIDE * 1j]
-    x, y, size, angle = columns - each(-0.3, 0.3), rows - each(-0.3, 0.3), each(0.4, 0.8), each(-0.1, 0.1)
-    u, v = (x * np.cos(angle) + y * np.sin(angle)) / size, (y * np.cos(angle) - x * np.sin(angle)) / size
-    edge, radius, slant = np.maximum(abs(u), abs(v)), np.hypot(u, v), (abs(u + v), abs(u - v))
-    masks = (
-        radius < 1, (radius < 1) & (radius > 0.6), edge < 0.85, (edge < 0.9) & (edge > 0.5),
-        (v < 0.8) & (v > 2 * abs(u) - 1), (edge < 1) & (np.minimum(abs(u), abs(v)) < 0.25),
-        (edge < 1) & (np.minimum(*slant) < 0.35), (edge < 1) & (np.floor(v * 2.5) % 2 == 0),
-        (edge < 1) & (np.floor(u * 2.5) % 2 == 0), (edge < 1) & ((np.floor(u * 2) + np.floor(v * 2)) % 2 == 0),
-    )
-    mask = np.choose(labels[:, None, None], masks)[..., None]
-    ground = each(0, 255, 1, 1, 3)
-    contrast = each(50, 140, 1, 1, 3) * np.where(ground < 128, 1, -1)
-    pixels = ground + contrast * mask + random.normal(0, 25, (count, SIDE, SIDE, 3))
-    order = random.permutation(count)
-    return Split(pixels.clip(0, 255).astype(np.uint8)[order], labels.astype(np.int64)[order])
+    return Images("synthetic", shapes.KINDS, Split(*shapes.draw(5000, key=1)), Split(*shapes.draw(1000, key=2)), _nothing())

@@ -1,16 +1,15 @@
 """The records of a run: its folder, the logs in it and their copies above it, and the one reader of them."""
 
 import contextlib
-import copy
 import dataclasses
-import io
+import importlib.metadata
 import json
 import math
 import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,56 +164,24 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
 
 def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any], device: str) -> dict[str, Any]:
     """What config.json holds: the settings, and what they ran on. `notes` is what befell the run since."""
-    import albumentations
     import cv2
     import numpy
     import torch
     import torchvision
 
-    packages = (torch, torchvision, albumentations, cv2, numpy)
+    versions = {"python": platform.python_version()}
+    versions |= {package.__name__: str(package.__version__) for package in (torch, torchvision, cv2, numpy)}
     return {
         "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in PLACES},
         "network": dict(network), "dataset": dict(dataset),
         "machine": {"device": device, "system": platform.system(), "processor": platform.machine()},
-        "versions": {"python": platform.python_version()} | {each.__name__: str(each.__version__) for each in packages},
+        "versions": versions | {"albumentations": importlib.metadata.version("albumentations")},
         "notes": [],
     }
 
 
 def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
-
-
-def torch_summary(net: Any, device: str) -> str:
-    """The text of torch_summary.log: the device; torchsummary's own table; and for each convolution kernel, stride,
-    dilation, output size and receptive field.
-
-    torchsummary runs a forward pass on random numbers and knows two devices only, so it gets a copy of the network in
-    evaluation mode on the CPU, under a forked generator.
-    """
-    import torch
-    from torchsummary import summary
-
-    import model
-
-    twin, out = copy.deepcopy(net).cpu().eval(), io.StringIO()
-    with contextlib.redirect_stdout(out), torch.random.fork_rng(devices=[]):
-        summary(twin, (3, 32, 32), device="cpu")
-    return f"device: {device}\n{out.getvalue()}\n{receptive_fields(model.convolutions(twin))}"
-
-
-def receptive_fields(layers: Iterable[Any]) -> str:
-    """A table of model.Convolution rows, with what could not be followed named below it."""
-    line = "{:<20} {:>7} {:>7} {:>9} {:>16} {:>5} {:>16} {:>14}\n".format
-    text = line("Convolution", "Kernel", "Stride", "Dilation", "Output Shape", "Jump", "Receptive Field", "Multiply-adds")
-    reasons = []
-    for layer in layers:
-        kernel, stride, dilation = ("x".join(map(str, pair)) for pair in (layer.kernel, layer.stride, layer.dilation))
-        text += line(layer.name, kernel, stride, dilation, str(list(layer.output)), layer.jump or "?",
-                     layer.receptive_field or "?", f"{layer.multiply_adds:,}")
-        if layer.unknown and layer.unknown not in reasons:
-            reasons.append(layer.unknown)
-    return text + "".join(f"?: {reason}\n" for reason in reasons)
 
 
 # ---------------------------------------------------------------- reading

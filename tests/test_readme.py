@@ -1,0 +1,79 @@
+"""What the repository claims: the README's tables, the reference run, the folders."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_program import RATES
+
+from benchmarks import readme
+from model import Net, facts
+from training.records import read_log, read_run
+
+REFERENCE = ROOT / "logs" / "reference"
+
+
+def test_the_readmes_tables_are_what_the_logs_and_the_network_say():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.updated(text) == text
+    assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["log", "stages", "training speed", "checkpoint overhead"]
+
+
+def test_a_changed_figure_would_be_noticed():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    accuracy = f"{read_run(REFERENCE).rows[79]['test_acc']:.2f}"
+    assert readme.updated(text.replace(accuracy, "99.99")) != text.replace(accuracy, "99.99")
+
+
+def test_the_reference_run_is_the_whole_baseline():
+    run = read_run(REFERENCE)
+    assert run.record["dataset"]["kind"] == "cifar10"
+    assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
+    assert run.record["network"] | {"model_sha256": ""} == facts(Net()) | {"model_sha256": ""}
+    assert len(run.rows) == run.summary["epochs"] == 80
+    assert {epoch: f"{run.rows[epoch]['lr']:.6f}" for epoch in RATES} == RATES
+    assert run.rows[79]["test_acc"] >= 86.8  # the published 87.20 within noise
+    for name in ("model_accuracy.log", "torch_summary.log"):
+        assert (ROOT / "logs" / name).read_bytes() == (REFERENCE / name).read_bytes()
+
+
+def test_no_committed_log_holds_an_absolute_path():
+    for path in REFERENCE.iterdir():
+        assert not re.search(rb"[\" '=](/[a-z]+){2,}", path.read_bytes()), path
+
+
+def test_the_readmes_three_lines_load_the_weights():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert len(code.splitlines()) == 3
+    scope: dict = {}
+    exec(code.replace("logs/reference", str(REFERENCE)), scope)
+    assert not scope["net"].training
+    assert scope["net"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+
+
+def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar10):
+    from training.images import cifar10 as load
+
+    with safe_open(REFERENCE / "final.safetensors", "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items()}
+    net = Net()
+    net.load_state_dict(load_file(REFERENCE / "final.safetensors"))
+    net.eval()
+    test = load(cifar10).test
+    right = 0
+    for images, labels in zip(torch.from_numpy(test.images).split(500), torch.from_numpy(test.labels).split(500), strict=True):
+        pixels = (images / 255 - torch.tensor(about["mean"])) / torch.tensor(about["standard_deviation"])
+        with torch.no_grad():
+            right += int((net(pixels.permute(0, 3, 1, 2)).argmax(1) == labels).sum())
+    assert right / 100 == pytest.approx(read_log(REFERENCE / "model_accuracy.log")[1][79]["test_acc"], abs=0.02)
+
+
+def test_the_readme_names_every_folder_and_file_there_is():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("[!_]*.py")):
+        assert f"{path.name} " in text
