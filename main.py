@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --he
     from training.records import Log
 
 DEMONSTRATION_EPOCHS = 5
+BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # fits into 80 columns
 BANNER = """
 ********************************************************************************
 *  DEMONSTRATION on built-in drawn shapes, because there is no CIFAR-10 here.  *
@@ -235,7 +236,7 @@ def run_epoch(parts: Parts, batches: "Batches", epoch: int, last: bool) -> dict[
     row: dict[str, float] = {"epoch": epoch, "lr": float(parts.scheduler.get_last_lr()[0])}
     seed_torch(config.seed, epoch + 1)
     with tqdm(total=images, desc=f"epoch {epoch}", unit=" images", mininterval=1, disable=None, leave=False,
-              dynamic_ncols=True) as bar:
+              dynamic_ncols=True, bar_format=BAR) as bar:
         row["train_loss"], row["train_acc"] = train_epoch(
             net, parts.optimizer, batches.shuffled("train", epoch), device, config.label_smoothing, bar)
     parts.scheduler.step()

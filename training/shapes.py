@@ -29,7 +29,7 @@ def draw(count: int, key: int) -> tuple[np.ndarray, np.ndarray]:
     )
     mask = np.choose(labels[:, None, None], masks)[..., None]
     ground = each(0, 255, 1, 1, 3)
-    contrast = each(50, 140, 1, 1, 3) * np.where(ground < 128, 1, -1)
-    pixels = ground + contrast * mask + random.normal(0, 25, (count, SIDE, SIDE, 3))
+    contrast = each(90, 160, 1, 1, 3) * np.where(ground < 128, 1, -1)
+    pixels = ground + contrast * mask + random.normal(0, 10, (count, SIDE, SIDE, 3))
     order = random.permutation(count)
     return pixels.clip(0, 255).astype(np.uint8)[order], labels.astype(np.int64)[order]
