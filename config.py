@@ -78,8 +78,8 @@ class Config:
             raise UserError("nesterov is on but momentum is 0.0: Nesterov's form needs a momentum above 0")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
-        if any(not (c.isalnum() or c in "-_.+=") for c in self.name) or len(self.name) > 100:
-            raise UserError(f"name is {self.name!r}, but may hold at most 100 letters, digits and -_.+= only")
+        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name):
+            raise UserError(f"name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.+=-")
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -90,7 +90,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if choices and value not in choices:
         raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}")
     if low is not None and not (math.isfinite(value) and low <= value <= high):
-        raise UserError(f"{field.name} is {value}, but must lie in {low:g} to {high:g}")
+        raise UserError(f"{field.name} is {value}, but must lie in {low} to {high}")
 
 
 # Named sets of changes to the defaults above: `python main.py --recipe NAME`

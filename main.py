@@ -72,14 +72,19 @@ def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status. Errors that a person can put right end in one line on stderr."""
     try:
         given, resume = parse(arguments)
-        config = Config(**given)
-        from training.faults import Stopped, stopping_on_signals  # torch loads here, too slow for --help
+        config = Config(**given) if resume is None else None  # a resumed run's settings are judged with its others
+        from training.checkpoint import take_up  # torch loads here, too slow for --help
+        from training.faults import Stopped, stopping_on_signals
         try:
             with stopping_on_signals():
-                train(config, given, resume)
+                if config:
+                    train(config)
+                else:
+                    resumed = take_up(resume or "", given)
+                    train(resumed.config, resumed)
         except Stopped as stop:
             return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
-    except UserError as error:
+    except (UserError, OSError) as error:  # an OSError that nobody foresaw is still the machine's, and names its file
         return _complain(f"error: {error}", error, 2)
     except KeyboardInterrupt as stop:  # before or after the handlers of stopping_on_signals are in place
         return _complain("stopped by SIGINT", stop, 130)
@@ -94,16 +99,17 @@ def _complain(line: str, error: BaseException, status: int) -> int:
 
 # ---------------------------------------------------------------- a run
 
-def train(config: Config, given: dict[str, Any], resume: str | None) -> None:
-    """One run: its parts, its records, its epochs, its final files. `given` are the settings of the command line,
-    `resume` the run to go on with ("" for the newest unfinished one, None for a new run)."""
-    from training.checkpoint import take_up
+def train(config: Config, resumed: "Resumed | None" = None) -> None:
+    """One run, new or resumed: its parts, its records, its epochs, its final files. Raises UserError, and what bugs
+    raise, with a note on what is safe and how to go on."""
+    from training.faults import named_faults
 
-    resumed = None if resume is None else take_up(resume, given)
-    parts = build(resumed.config if resumed else config)
-    log, checkpoints = open_records(parts, resumed)
+    with named_faults():
+        parts = build(config)
+        log, checkpoints = open_records(parts, resumed)
     try:
-        run_epochs(parts, log, checkpoints)
+        with named_faults():
+            run_epochs(parts, log, checkpoints)
         finish(parts, log)
     except BaseException as end:
         checkpoints.rescue(end)
@@ -135,7 +141,8 @@ class Parts:
 
 
 def build(config: Config) -> Parts:
-    """The parts of a run as they are before its first epoch. What config leaves to `auto` is settled in theirs."""
+    """The parts of a run as they are before its first epoch. What config leaves to `auto` is settled in theirs.
+    Raises UserError for images or a device that can't be had."""
     import torch
 
     from model import Net
@@ -143,20 +150,21 @@ def build(config: Config) -> Parts:
     from training.loop import find_device, keep_freed_memory, seed_torch
 
     device = find_device(config.device)
-    keep_freed_memory()
     images = load(config.dataset, config.data_dir)
     if config.dataset == "auto" and images.kind == "synthetic":
         print(BANNER)
         config = dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
     config = dataclasses.replace(config, dataset=images.kind, threads=config.threads or cores())
     images = images.hold_out(config.validation)
+    mean, deviation = images.statistics()
+    keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net = Net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
-    return Parts(config, images, *images.statistics(), device, net, optimizer, scheduler)
+    return Parts(config, images, mean, deviation, device, net, optimizer, scheduler)
 
 
 def cores() -> int:
@@ -166,21 +174,22 @@ def cores() -> int:
 
 def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Checkpoints"]:
     """The log and the checkpoints: of a new run, in a folder of its own, or of a resumed one, whose state the parts
-    then have."""
+    then have. Raises UserError where nothing can be written, or the state doesn't fit."""
     import model
     from training import checkpoint, records
+    from training.loop import describe
     from training.summary import torch_summary
 
     config, images = parts.config, parts.images
     record = records.record(config, model.facts(parts.net), {
         "kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint(),
         "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
-        "mean": list(parts.mean), "deviation": list(parts.deviation)}, str(parts.device))
+        "mean": list(parts.mean), "deviation": list(parts.deviation)}, describe(parts.device))
     places = {name: getattr(config, name) for name in records.PLACES}
     if resumed:
         folder, lock, rows = resumed.folder, resumed.lock, resumed.state["rows"]
-        record = resumed.continued(record)
         with resumed.fitting():
+            record = resumed.continued(record)
             parts.restore(resumed.state)
     else:
         rows = []
@@ -188,26 +197,24 @@ def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Check
         folder = records.new_folder(Path(config.log_dir), config.name, {
             records.CONFIG: records.as_json(record), checkpoint.NEWEST: checkpoint.pack(first)})
         lock = checkpoint.lock(folder)
-    log = records.Log(folder, record, rows)
-    log.start(torch_summary(parts.net, str(parts.device)))
+    log = records.Log(folder, Path(config.log_dir), record, rows)
+    log.start(torch_summary(parts.net, model.convolutions(parts.net), str(parts.device)))
     print("\n".join(log.comments), end="\n\n", flush=True)
     return log, checkpoint.Checkpoints(folder, lock, places, saved=len(rows))
 
 
 def run_epochs(parts: Parts, log: "Log", checkpoints: "Checkpoints") -> None:
     """The epochs, from the one that the scheduler is at to the last; after each a checkpoint and a row in the log."""
-    from training.faults import named_faults
-
     print(log.header(), flush=True)
-    with named_faults(), contextlib.closing(make_batches(parts)) as batches:
+    with contextlib.closing(make_batches(parts)) as batches:
         for epoch in range(parts.scheduler.last_epoch, parts.config.epochs):
             last = epoch == parts.config.epochs - 1
             row = run_epoch(parts, batches, epoch, last)
             best = "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in log.rows)
             log.rows.append(row)
-            checkpoints.epoch_ended(parts.state(), log, last)
-            if best:
+            if best:  # before the checkpoint: after a crash in between, the epoch is repeated, and this with it
                 save(parts, log, "best.safetensors")
+            checkpoints.epoch_ended(parts.state(), log, last)
             log.update()
             print(log.last_row(), flush=True)
 
@@ -254,6 +261,7 @@ def finish(parts: Parts, log: "Log") -> None:
     from training import records
 
     save(parts, log, "final.safetensors")
+    log.update(durable=True)
     summary = records.summarize(log.rows)
     records.write(log.folder / records.SUMMARY, records.as_json(summary), durable=True)
     print(f"\nFinal test accuracy {summary['test_acc']:.2f} %, train {summary['train_acc']:.2f} %, "
@@ -270,4 +278,7 @@ def save(parts: Parts, log: "Log", name: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # all is on disk and no worker is left; with torch, Python's own way out takes more than a second

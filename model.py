@@ -111,28 +111,34 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
     meets them.
 
     The layers are watched, not believed: a layer continues the field of the layer whose output tensor it is given. One
-    that is given another tensor (a sum of branches, the result of a function call) has an unknown field, and so has all
-    that follows; the reason is named. Per layer, jump *= stride and field += (kernel - 1) * dilation * jump
-    (Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural Networks", Distill 2019).
+    that is given another tensor (a sum of branches, the result of a function call), or one that was changed in place
+    since, has an unknown field, and so has all that follows; the reason is named. Per layer, jump *= stride and
+    field += (kernel - 1) * dilation * jump (Araujo, Norris and Sim, "Computing Receptive Fields of Convolutional Neural
+    Networks", Distill 2019).
 
     `net` is left as it was. Raises what its forward pass raises.
     """
     images = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
-    fields = {id(images): _Field(jump=1, size=1)}
+    fields = {(id(images), images._version): _Field(jump=1, size=1)}
     alive = [images]  # an id is only unique while its tensor lives
+    arrived: dict[nn.Module, _Field] = {}
     found: list[Convolution] = []
     names = {module: name for name, module in net.named_modules()}
 
-    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         lost = _Field(unknown=f"{names[module]} is given what no layer put out: a sum of branches or a function's result")
-        field = _through(module, fields.get(id(inputs[0]), lost), names[module], image_size)
-        fields[id(output)] = field
+        arrived[module] = fields.get((id(inputs[0]), inputs[0]._version), lost) if inputs else lost
+
+    def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        field = _through(module, arrived[module], names[module], image_size)
+        fields[id(output), output._version] = field
         alive.append(output)
         if isinstance(module, nn.Conv2d):
             found.append(_describe(module, names[module], field, output))
 
     training = {module: module.training for module in net.modules()}
-    hooks = [module.register_forward_hook(watch) for module in net.modules() if not list(module.children())]
+    leaves = [module for module in net.modules() if not list(module.children())]
+    hooks = [hook for leaf in leaves for hook in (leaf.register_forward_pre_hook(arrive), leaf.register_forward_hook(leave))]
     try:
         with torch.no_grad():
             net.eval()(images)

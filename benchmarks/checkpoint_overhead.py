@@ -31,7 +31,7 @@ def main(data_dir: str, rounds: int, steps: int) -> str:
     from training.loop import train_epoch
 
     with tempfile.TemporaryDirectory(dir=".") as logs:  # on the disk that holds logs/, not on a file system in memory
-        parts = program.build(Config(data_dir=data_dir, log_dir=logs, device="cpu"))
+        parts = program.build(Config(dataset="cifar10", data_dir=data_dir, log_dir=logs, device="cpu"))
         log, checkpoints = program.open_records(parts, None)
         a_step, a_checkpoint = [], []
         with closing(program.make_batches(parts)) as batches, tqdm(disable=True) as bar:

@@ -14,7 +14,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def usual_script(data_dir: str, steps: int, workers: int) -> float:
     from training.images import load
 
     config = Config()
-    images = load("auto", data_dir)
+    images = load("cifar10", data_dir)
     policy = A.Compose([*train_policy(config, *images.statistics()), ToTensorV2()])
 
     class OneByOne(Dataset):
@@ -84,7 +83,7 @@ def this_program(data_dir: str, steps: int, workers: int) -> float:
     from config import Config
     from training.loop import train_epoch
 
-    parts = main.build(Config(data_dir=data_dir, workers=workers, device="cpu"))
+    parts = main.build(Config(dataset="cifar10", data_dir=data_dir, workers=workers, device="cpu"))
     with closing(main.make_batches(parts)) as batches, tqdm(disable=True) as bar:
         stream = iter(batches.shuffled("train", 0))
         train_epoch(parts.net, parts.optimizer, islice(stream, WARM_UP), parts.device, 0.0, bar)
@@ -106,33 +105,30 @@ def measured(path: str, arguments: argparse.Namespace) -> float:
 def proportional_memory(pid: int) -> int:
     """Bytes that a process and its descendants hold, shared pages counted once (Linux)."""
     total = 0
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            if parent == pid or int(entry.name) == pid:
-                pss = next(line for line in (entry / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
-                total += int(pss.split()[1]) * 1024
-        except (OSError, StopIteration):
-            continue
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total = 1024 * next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(proportional_memory(int(child)) for child in (thread / "children").read_text().split())
+    except (OSError, StopIteration):  # it has ended meanwhile
+        pass
     return total
 
 
-def peak_memory(arguments: argparse.Namespace, seconds: float = 60.0) -> float:
-    """The peak, in GB, of `python main.py` with its workers in its first `seconds`, which hold loading, the records and
-    steps of training (and a test, which needs less, later)."""
+def peak_memory(arguments: argparse.Namespace) -> float:
+    """The peak, in GB, of `python main.py --epochs 1` with its workers: loading, an epoch, a test, the final files."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as logs:
-        command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--data-dir", arguments.data_dir,
-                   "--workers", str(arguments.workers), "--log-dir", logs]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        timer = threading.Timer(seconds, process.terminate)
-        timer.start()
+        command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
+                   arguments.data_dir, "--workers", str(arguments.workers), "--log-dir", logs, "--epochs", "1"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
             peak = max(peak, proportional_memory(process.pid))
             time.sleep(0.2)
-        timer.cancel()
+    if process.returncode:
+        raise RuntimeError("python main.py failed")
     return peak / 1e9
 
 
@@ -160,7 +156,7 @@ def main() -> None:
         median = statistics.median(values)
         lines.append(f"{path:<20} {median:16.0f} {min(values):6.0f} {max(values):6.0f} {median / usual:6.2f}")
     if sys.platform == "linux":
-        lines += ["", f"peak memory of python main.py, workers included: {peak_memory(arguments):.2f} GB"]
+        lines += ["", f"peak memory of python main.py --epochs 1, workers included: {peak_memory(arguments):.2f} GB"]
     text = "\n".join(lines) + "\n"
     print("\n" + text)
     RESULTS.mkdir(exist_ok=True)

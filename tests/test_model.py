@@ -83,6 +83,28 @@ def test_a_branch_is_followed_to_its_join_and_then_named():
     assert facts(Branching())["receptive_field"] is None
 
 
+class Residual(nn.Module):
+    """As ResNet writes it: the sum goes into the first branch's own tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.near, self.wide, self.last = (nn.Conv2d(3, 3, size, padding=size // 2) for size in (3, 7, 3))
+
+    def forward(self, images):
+        features = self.near(images)
+        features += self.wide(images)
+        return self.last(features)
+
+
+def test_a_sum_in_place_is_a_branch_too():
+    assert [c.receptive_field for c in convolutions(Residual())] == [3, 7, None]
+
+
+def test_an_activation_in_place_is_followed():
+    found = convolutions(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3)))
+    assert [c.receptive_field for c in found] == [3, 5]
+
+
 @pytest.mark.parametrize(("layer", "words"), [
     (nn.Conv2d(3, 3, (3, 1), padding=(1, 0)), "0 is not square"), (nn.Upsample(scale_factor=2), "0 is a Upsample")])
 def test_a_layer_that_cannot_be_followed_is_named(layer, words):

@@ -140,7 +140,7 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, mo
     (["--device", "gpu"], "device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
     (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unrecognized arguments: fly"),
     (["--dataset", "cifar10", "--data-dir", "/nowhere"], "could not be downloaded"),
-    (["--validation", "100"], "validation is 100"),
+    (["--validation", "100"], "validation is 100"), (["--data-dir", "x" * 300], "File name too long"),
     (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run nothing")])
 def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arguments, words):
     status, out, err = run(*arguments)
@@ -198,10 +198,26 @@ def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
     assert main.parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"]) == ({"epochs": 20, "lr": 0.2, "nesterov": True}, None)
 
 
+def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monkeypatch):
+    """The training figures were still finite; the test shows it."""
+    from training import loop
+
+    def last_step(net, *_):
+        next(net.parameters()).data.fill_(torch.nan)
+        return loop.Result(1.0, 50.0)
+
+    monkeypatch.setattr(loop, "train_epoch", last_step)
+    status, _, err = run("--epochs", "1")
+    assert status == 2
+    assert "the loss became nan" in one_line(err)
+    assert "no epoch is finished yet" in err
+    assert not (only_run(tmp_path) / "final.safetensors").exists()
+
+
 def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
     process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
                     "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu",
-                    before="import urllib.request\nurllib.request.urlopen = lambda *_, **__: print('phoned home')")
+                    before="import urllib.request\nurllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if line[:9].strip().isdigit()]
@@ -211,7 +227,7 @@ def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
 
 
 def test_the_real_cifar10_trains(cifar10, tmp_path, capsys):
-    """Two thousand real images for one epoch: the whole path, with the official batches."""
+    """Two thousand real images for two epochs: the whole path, with the official batches."""
     from training import images
 
     whole = images.load("cifar10", str(cifar10))

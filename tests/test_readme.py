@@ -20,7 +20,7 @@ REFERENCE = ROOT / "logs" / "reference"
 def test_the_readmes_tables_are_what_the_logs_and_the_network_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.updated(text) == text
-    assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["log", "stages", "training speed", "checkpoint overhead"]
+    assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["rows", "log", "stages", "training speed", "checkpoint overhead"]
 
 
 def test_a_changed_figure_would_be_noticed():
@@ -39,6 +39,11 @@ def test_the_reference_run_is_the_whole_baseline():
     assert run.rows[79]["test_acc"] >= 86.8  # the published 87.20 within noise
     for name in ("model_accuracy.log", "torch_summary.log"):
         assert (ROOT / "logs" / name).read_bytes() == (REFERENCE / name).read_bytes()
+
+
+def test_the_reference_holds_records_and_weights_only():
+    assert {path.name for path in REFERENCE.iterdir()} == {
+        "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
 
 def test_no_committed_log_holds_an_absolute_path():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from config import Config, UserError
-from model import Net, facts
+from model import Net, convolutions, facts
 from training import records
 from training.records import Log, new_folder, read_log, read_run, write
 from training.summary import receptive_fields, torch_summary
@@ -25,7 +25,7 @@ def row(epoch: int) -> dict[str, float]:
 
 @pytest.fixture
 def log(tmp_path) -> Log:
-    return Log(new_folder(tmp_path, "try", {"config.json": "{}"}), record(name="try", validation=10), [])
+    return Log(new_folder(tmp_path, "try", {"config.json": "{}"}), tmp_path, record(name="try", validation=10), [])
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
@@ -43,6 +43,7 @@ def test_a_log_reads_back_with_our_reader_and_with_pandas(log):
     path = log.folder / "model_accuracy.log"
     comments, rows = read_log(path)
     assert comments == log.comments
+    assert records.table(rows, log.columns()) == records.table(log.rows, log.columns())
     assert [r["lr"] for r in rows] == [0.01, 0.005, 0.003333]
     assert math.isnan(rows[0]["test_acc"])
     frame = pandas.read_csv(path, sep=r"\s+", comment="#")
@@ -54,13 +55,13 @@ def test_a_log_reads_back_with_our_reader_and_with_pandas(log):
 
 
 def test_without_validation_its_columns_are_absent(tmp_path):
-    log = Log(new_folder(tmp_path, "", {"config.json": "{}"}), record(), [row(0)])
+    log = Log(new_folder(tmp_path, "", {"config.json": "{}"}), tmp_path, record(), [row(0)])
     assert log.columns() == ["epoch", "lr", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"]
     assert all(len(line) <= 80 for line in (log.header(), log.last_row()))
 
 
 def test_the_copy_is_that_of_the_run_started_last(tmp_path):
-    first, second = (Log(new_folder(tmp_path, "", {"config.json": "{}"}), record(), []) for _ in range(2))
+    first, second = (Log(new_folder(tmp_path, "", {"config.json": "{}"}), tmp_path, record(), []) for _ in range(2))
     for log in (first, second):
         log.start("summary of " + log.folder.name)
     first.rows.append(row(0))
@@ -119,7 +120,7 @@ def test_a_run_without_summary_is_unfinished(log):
 def test_the_summary_opens_as_torchsummary_prints_it_and_ends_with_the_receptive_fields():
     net = Net().train()
     state, before = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
-    lines = torch_summary(net, "cuda:0").splitlines()
+    lines = torch_summary(net, convolutions(net), "cuda:0").splitlines()
     assert torch.equal(torch.get_rng_state(), before)
     assert net.training
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
@@ -138,8 +139,6 @@ def test_the_summary_opens_as_torchsummary_prints_it_and_ends_with_the_receptive
 
 def test_what_could_not_be_followed_is_named_below_the_table():
     from test_model import Branching
-
-    from model import convolutions
 
     text = receptive_fields(convolutions(Branching()))
     assert text.splitlines()[-2].split()[-2:] == ["?", "147,456"]

@@ -33,7 +33,8 @@ def random_stream(seed: int, purpose: int, epoch: int, image: int = 0) -> np.ran
 
 class BatchDataset(Dataset):
     """Item (split, epoch, indices) is a whole batch of `splits[split]`, made by `policies[split]`: images float32,
-    N x 3 x 32 x 32 in channels_last memory, and labels int64, N. Images cross to worker processes in shared memory."""
+    N x 3 x 32 x 32 in channels_last memory, and labels int64, N. `shared` puts the images
+    into shared memory, for workers that are not forked."""
 
     def __init__(self, splits: dict[str, Split], policies: "dict[str, A.Compose]", seed: int, shared: bool) -> None:
         self.images = {name: torch.from_numpy(split.images) for name, split in splits.items()}
@@ -54,19 +55,6 @@ class BatchDataset(Dataset):
         return torch.from_numpy(batch).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
 
 
-class Requests:
-    """The sampler: whatever items it was last told to ask for."""
-
-    def __init__(self) -> None:
-        self.items: list[tuple[str, int, np.ndarray]] = []
-
-    def __iter__(self) -> Iterator[tuple[str, int, np.ndarray]]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-
 class Batches:
     """All batches of a run, from one set of workers that live as long as the run and serve every split."""
 
@@ -77,7 +65,7 @@ class Batches:
         self.sizes, self.batch_size, self.seed = {name: len(split) for name, split in splits.items()}, batch_size, seed
         # A forked worker has the images already; one that was spawned would get them pickled, a copy each.
         shared = workers > 0 and multiprocessing.get_start_method() != "fork"
-        self.requests = Requests()
+        self.requests: list[tuple[str, int, np.ndarray]] = []  # the items that the next pass asks for
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         self.loader = DataLoader(
             BatchDataset(splits, policies, seed, shared), batch_size=None, sampler=self.requests, num_workers=workers,
@@ -98,8 +86,8 @@ class Batches:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _run(self, split: str, epoch: int, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        self.requests.items = [(split, epoch, order[start:start + self.batch_size])
-                               for start in range(0, len(order), self.batch_size)]
+        self.requests[:] = [(split, epoch, order[start:start + self.batch_size])
+                            for start in range(0, len(order), self.batch_size)]
         return iter(self.loader)
 
 

@@ -1,6 +1,5 @@
 """Save a run after its epochs, and take it up again: atomically, checked, and without running code from the file."""
 
-import copy
 import dataclasses
 import hashlib
 import io
@@ -19,7 +18,7 @@ from torch import nn
 
 from config import Config, UserError
 from training.faults import Diverged
-from training.records import SUMMARY, Log, find_runs, named_run, unwritable, write
+from training.records import SUMMARY, TEMPORARY, Log, find_runs, named_run, sync_folder, unwritable, write
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
@@ -42,11 +41,11 @@ class Checkpoints:
         self.written = time.monotonic()
         self.unwritten: dict[str, Any] | None = None
 
-    def epoch_ended(self, parts: Mapping[str, Any], log: Log, last: bool) -> None:
-        """Keep a copy of the state of `parts` and `log`, and write it if the last write is INTERVAL ago or this is the
-        last epoch."""
-        state = {**parts, "rows": log.rows, "record": log.record, "places": self.places}
-        self.unwritten = copy.deepcopy(state)  # the next epoch changes the tensors in place
+    def epoch_ended(self, state: Mapping[str, Any], log: Log, last: bool) -> None:
+        """Keep a copy of `state` and `log`, and write it if the last write is INTERVAL ago or this is the last epoch.
+        Raises UserError when it can't be written."""
+        # A copy, for the next epoch changes the tensors in place; off the GPU, which may be lost by the time it is needed.
+        self.unwritten = _copied({**state, "rows": log.rows, "record": log.record, "places": self.places})
         if last or time.monotonic() - self.written >= INTERVAL:
             self.write()
 
@@ -55,34 +54,44 @@ class Checkpoints:
         written before is then still there."""
         if self.unwritten is None:
             return
-        newest, fresh = self.folder / NEWEST, self.folder / ".checkpoint.new"
+        newest, fresh = self.folder / NEWEST, self.folder / f"{TEMPORARY}{NEWEST}"
         write(fresh, pack(self.unwritten), durable=True)
         try:
             # A crash between the two renames leaves the previous checkpoint only, and resuming finds it.
             if newest.exists():
                 os.replace(newest, self.folder / PREVIOUS)
             os.replace(fresh, newest)
+            sync_folder(self.folder)
         except OSError as error:
             raise unwritable(newest, error) from error
         self.saved, self.unwritten, self.written = len(self.unwritten["rows"]), None, time.monotonic()
 
     def rescue(self, end: BaseException) -> None:
         """The run is ending by `end`: write what isn't written, and note on `end` what is safe and how to go on."""
-        with suppress(UserError):  # a full disk, say, of which `end` tells already
+        with suppress(Exception):  # a full disk, say, of which `end` tells already
             self.write()
         safe = f"epochs 0 to {self.saved - 1} are safe" if self.saved else "no epoch is finished yet"
         if isinstance(end, Diverged):
             end.add_note(f"{safe} in {self.folder}, but to resume it would only repeat this")
         else:
-            log_dir = self.folder.parent.parent
-            where = "" if log_dir == Path(Config.log_dir) else f" --log-dir {shlex.quote(str(log_dir))}"
-            end.add_note(f"{safe}; go on with: python main.py --resume {self.folder.name}{where}")
+            usual = Path(Config.log_dir, "runs").resolve() == self.folder.parent.resolve()
+            run = self.folder.name if usual else shlex.quote(str(self.folder))
+            end.add_note(f"{safe}; go on with: python main.py --resume {run}")
+
+
+def _copied(value: Any) -> Any:
+    """`value` with copies, on the CPU, of the tensors in its dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
     """`state` as a file that torch.load also reads, with its SHA-256 behind it."""
     buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
+    torch.save(_copied(state), buffer)
     return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
 
 
@@ -130,13 +139,12 @@ class Resumed:
         """`record`, which is of now, with the notes of the run so far and on what has changed since. Raises UserError
         where the images are not the same."""
         before = self.state["record"]
-        if record["dataset"] != before["dataset"]:
+        if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
             raise UserError(f"the images in {self.config.data_dir} are not those that run {self.folder.name} began with: "
                             "name the right folder with --data-dir")
-        changes = [f"{key} {old} -> {new}" for key, old, new in (
-            ("threads", before["config"]["threads"], record["config"]["threads"]),
-            ("device", before["machine"], record["machine"]), ("versions", before["versions"], record["versions"]),
-            ("model.py", before["network"]["model_sha256"][:8], record["network"]["model_sha256"][:8])) if old != new]
+        now, then = ({"threads": each["config"]["threads"], "model.py": each["network"]["model_sha256"][:8],
+                      **each["machine"], **each["versions"]} for each in (record, before))
+        changes = [f"{key} {then.get(key)} -> {now.get(key)}" for key in now if now[key] != then.get(key)]
         notes = [*before["notes"], *self.notes]
         if changes:
             notes.append(f"resumed at epoch {len(self.state['rows'])} with changes, so the bits may differ from a run "
@@ -145,11 +153,11 @@ class Resumed:
 
     @contextmanager
     def fitting(self) -> Iterator[None]:
-        """Loading the state in here raises UserError where it doesn't fit the parts."""
+        """Whatever in here finds that the state doesn't fit raises UserError."""
         try:
             yield
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"the weights of run {self.folder.name} do not fit the network of model.py: "
+            raise UserError(f"run {self.folder.name} does not fit the network of model.py, or this version of the program: "
                             "undo the edits made since, or start a new run") from error
 
 
@@ -157,14 +165,14 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
     """The unfinished run `name`, or the newest if it is "", locked. `given` are the settings of the command line: those
     that are not MOVABLE must be the run's own. Raises UserError."""
     log_dir = Path(given.get("log_dir", Config.log_dir))
-    if name:
-        folder = named_run(log_dir, name)
-    else:
-        folder = next((run for run in find_runs(log_dir) if resumable(run)), log_dir)
-        if folder == log_dir:
-            raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
+    found = [named_run(log_dir, name)] if name else [run for run in find_runs(log_dir) if resumable(run)]
+    if not found:
+        raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
+    folder = found[0]
     if (folder / SUMMARY).exists():
         raise UserError(f"run {folder.name} is finished: there is nothing to resume")
+    if not resumable(folder):
+        raise UserError(f"{folder} holds no checkpoint: it is no run that could be resumed")
     held = lock(folder)
     state, notes = load(folder)
     config = _config_of(state, folder)
@@ -173,7 +181,9 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
             raise UserError(f"{setting} is {value} on the command line, but run {folder.name} has "
                             f"{getattr(config, setting)}: leave --{setting.replace('_', '-')} out, or start a new run")
     moved = {setting: value for setting, value in given.items() if setting in MOVABLE}
-    config = dataclasses.replace(config, **(moved | {"log_dir": str(folder.parent.parent)}))
+    if "log_dir" not in given and folder.parent.name == "runs":
+        moved["log_dir"] = str(folder.parent.parent)  # the copies of the logs belong above the run
+    config = dataclasses.replace(config, **moved)
     _tidy(folder, damaged=bool(notes))
     return Resumed(folder, config, state, notes, held)
 
@@ -188,14 +198,17 @@ def _config_of(state: dict[str, Any], folder: Path) -> Config:
 
 def _tidy(folder: Path, damaged: bool) -> None:
     """Remove what a crash left half written, and put a damaged newest checkpoint where it can't displace the previous."""
-    for left in folder.glob(".*"):
-        if left.name != LOCK:
+    try:
+        for left in folder.glob(f"{TEMPORARY}*"):
             left.unlink()
-    if damaged and (folder / NEWEST).exists():
-        os.replace(folder / NEWEST, folder / "checkpoint.damaged.pt")
+        if damaged and (folder / NEWEST).exists():
+            os.replace(folder / NEWEST, folder / "checkpoint.damaged.pt")
+    except OSError as error:
+        raise unwritable(folder, error) from error
 
 
 def resumable(folder: Path) -> bool:
+    """Whether the folder is that of an unfinished run."""
     return not (folder / SUMMARY).exists() and any((folder / name).exists() for name in (NEWEST, PREVIOUS))
 
 

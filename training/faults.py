@@ -9,6 +9,8 @@ import torch
 
 from config import UserError
 
+MORE_MEMORY = "free some that other programs hold, or start a new run with a smaller --batch-size"
+
 
 class Diverged(UserError):
     """The loss is no longer a finite number."""
@@ -46,10 +48,13 @@ def named_faults() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError("the GPU's memory ran out: lower --batch-size, or free memory that other programs hold") from error
+        raise UserError(f"the GPU's memory ran out: {MORE_MEMORY}") from error
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader worker (pid"):  # PyTorch's words; there is no class of its own for it
+        said = str(error)  # PyTorch has no classes of their own for these
+        if "shared memory" in said:
+            raise UserError("shared memory ran out: use --workers 0, or give the container more of it (--shm-size)") from error
+        if said.startswith("DataLoader worker (pid"):
             raise UserError("a worker process was killed, most likely because memory ran out: lower --workers") from error
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise UserError("memory ran out: lower --batch-size or --workers") from error
+        if isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said:
+            raise UserError(f"memory ran out: {MORE_MEMORY}") from error
         raise

@@ -2,26 +2,30 @@
 
 import dataclasses
 import hashlib
+import math
 import multiprocessing
 import os
+import secrets
 import signal
 import socket
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from config import UserError
+from training.shapes import KINDS, SIDE, draw
 
-SIDE = 32  # pixels
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 SPLITS = ("train", "test")
 ALONE = 5000  # files; fewer are decoded sooner than other processes start
@@ -49,19 +53,21 @@ class Images:
     validation: Split
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255.
-
-        Computed from counts of the 256 values, so exact and independent of any order of summation.
-        """
-        values = np.arange(256) / 255
-        counts = [np.bincount(self.train.images[..., c].ravel(), minlength=256) for c in range(3)]
-        means = [float(values @ n / n.sum()) for n in counts]
-        deviations = [float(np.sqrt((values - mean) ** 2 @ n / n.sum())) for n, mean in zip(counts, means, strict=True)]
-        return tuple(means), tuple(max(deviation, 1 / 255) for deviation in deviations)
+        """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255 (the deviation at
+        least 1/255). From whole-number sums, so the same to the bit on every machine."""
+        means, deviations = [], []
+        for channel in range(3):
+            parts = np.array_split(self.train.images[..., channel], len(self.train) // 5000 + 1)
+            counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0).tolist()
+            pixels, total = sum(counts), sum(value * count for value, count in enumerate(counts))
+            squares = sum(value * value * count for value, count in enumerate(counts))
+            means.append(total / (255 * pixels))
+            deviations.append(max(math.sqrt(squares * pixels - total * total) / (255 * pixels), 1 / 255))
+        return tuple(means), tuple(deviations)
 
     def fingerprint(self) -> str:
         """SHA-256 over all pictures, labels and class names: the same data, whatever folder it lies in."""
-        digest = hashlib.sha256("\0".join(self.class_names).encode())
+        digest = hashlib.sha256(os.fsencode("\0".join(self.class_names)))
         for split in (self.train, self.validation, self.test):
             digest.update(np.ascontiguousarray(split.images).data)
             digest.update(np.ascontiguousarray(split.labels).data)
@@ -133,7 +139,7 @@ def cifar10(root: Path) -> Images:
             raise UserError(f"{batches / name} is {state}: put the official file there, "
                             f"or delete {batches} to have CIFAR-10 downloaded again")
     parts = [CIFAR10(str(root), train=is_train) for is_train in (True, False)]
-    train, test = (Split(part.data, np.array(part.targets, dtype=np.int64)) for part in parts)
+    train, test = (Split(np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts)
     return Images("cifar10", tuple(parts[0].classes), train, test, _nothing())
 
 
@@ -147,7 +153,9 @@ def _download(dataset: type, root: Path) -> None:
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as beside:
             dataset(beside, download=True)
             os.rename(Path(beside) / dataset.base_folder, root / dataset.base_folder)  # type: ignore[attr-defined]
-    except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors; a wrong MD5 is a RuntimeError
+    except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong MD5, a RuntimeError
+        if (root / dataset.base_folder).exists():  # type: ignore[attr-defined]
+            return  # another run was quicker
         if made:
             with suppress(OSError):
                 root.rmdir()
@@ -191,7 +199,7 @@ def _list_files(root: Path) -> tuple[dict[str, list[tuple[str, int]]], tuple[str
         raise UserError(f"class {lone[0]} is in {root / there} only: every class needs a folder in both train and test")
     if len(classes["train"]) < 2:
         raise UserError(f"{root / 'train'} holds {len(classes['train'])} class folders, but training needs at least two")
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"{SIDE} {PIL.__version__}".encode())  # another decoder, another cache
     files: dict[str, list[tuple[str, int]]] = {}
     for split in SPLITS:
         files[split] = []
@@ -205,7 +213,7 @@ def _list_files(root: Path) -> tuple[dict[str, list[tuple[str, int]]], tuple[str
                       file=sys.stderr)
             for entry in images:
                 stat = entry.stat()
-                digest.update(f"{split}/{name}/{entry.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                digest.update(os.fsencode(f"{split}/{name}/{entry.name}\0{stat.st_size}\0{stat.st_mtime_ns}\n"))
                 files[split].append((entry.path, label))
     return files, tuple(classes["train"]), digest.hexdigest()
 
@@ -219,7 +227,7 @@ def _class_folders(root: Path) -> list[str]:
 
 def _read_cache(cache: Path, state: str) -> tuple[Split, Split] | None:
     """The splits, or None where there is no cache of just this state of the folder."""
-    with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(cache) as stored:
+    with suppress(Exception), np.load(cache) as stored:  # numpy raises nearly anything on a damaged file
         if str(stored["state"]) == state:
             train, test = (Split(stored[f"{split}_images"], stored[f"{split}_labels"]) for split in SPLITS)
             return train, test
@@ -227,7 +235,7 @@ def _read_cache(cache: Path, state: str) -> tuple[Split, Split] | None:
 
 
 def _write_cache(cache: Path, state: str, splits: tuple[Split, Split]) -> None:
-    beside = cache.with_name(f".cache-{os.getpid()}.npz")
+    beside = cache.with_name(f".cache-{secrets.token_hex(4)}.npz")
     arrays = {f"{name}_{what}": getattr(split, what)
               for name, split in zip(SPLITS, splits, strict=True) for what in ("images", "labels")}
     try:
@@ -252,7 +260,7 @@ def decode(path: str) -> tuple[np.ndarray, bool]:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             resized = upright.size != (SIDE, SIDE)
             return np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if resized else upright), resized
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path} is not a whole PNG or JPEG image ({error}): replace or remove it") from error
 
 
@@ -263,7 +271,7 @@ def _decode_chunk(paths: list[str]) -> tuple[np.ndarray, int]:
 
 def _decode_all(paths: list[str]) -> np.ndarray:
     """uint8, N x 32 x 32 x 3. Several processes where there is enough work to pay for starting them."""
-    chunks = [paths[i:i + 250] for i in range(0, len(paths), 250)]
+    chunks = [paths[i:i + 16] for i in range(0, len(paths), 16)]
     with tqdm(total=len(paths), desc="decoding", unit="image", disable=None, leave=False) as bar:
         if len(paths) < ALONE:
             done = _watch(map(_decode_chunk, chunks), bar)
@@ -273,6 +281,8 @@ def _decode_all(paths: list[str]) -> np.ndarray:
                                        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             try:
                 done = _watch(pool.map(_decode_chunk, chunks), bar)
+            except BrokenProcessPool as error:
+                raise UserError("a process that decoded images was killed, most likely because memory ran out") from error
             finally:
                 pool.shutdown(cancel_futures=True)
     resized = sum(count for _, count in done)
@@ -293,6 +303,4 @@ def _watch(results: Iterable[tuple[np.ndarray, int]], bar: tqdm) -> list[tuple[n
 
 def synthetic() -> Images:
     """The drawn shapes: 5,000 training, 1,000 test images, the same ones every time."""
-    from training import shapes
-
-    return Images("synthetic", shapes.KINDS, Split(*shapes.draw(5000, key=1)), Split(*shapes.draw(1000, key=2)), _nothing())
+    return Images("synthetic", KINDS, Split(*draw(5000, key=1)), Split(*draw(1000, key=2)), _nothing())

@@ -2,9 +2,11 @@
 
 import ctypes
 import math
+import platform
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -69,10 +71,10 @@ def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, batches: Batch
     """One step of `optimizer` for each batch (images float32 N x 3 x H x W, labels int64 N). Returns the figures of the
     epoch as it went, with the network in training mode. Raises Diverged when the loss is not finite."""
     net.train()
-    figures, shown = Figures(device), time.monotonic()
+    figures, autocast, shown = Figures(device), _autocast(device), time.monotonic()
     for images, labels in batches:
         images, labels = _move(images, labels, device)
-        with _autocast(device):
+        with autocast:
             logits = net(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         optimizer.zero_grad()
@@ -88,25 +90,29 @@ def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, batches: Batch
 
 @torch.no_grad()
 def test(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
-    """The figures of the network in evaluation mode; the loss is plain cross-entropy."""
+    """The figures of the network in evaluation mode; the loss is plain cross-entropy. Raises Diverged when it is not
+    finite."""
     net.eval()
-    figures = Figures(device)
+    figures, autocast = Figures(device), _autocast(device)
     for images, labels in batches:
         images, labels = _move(images, labels, device)
-        with _autocast(device):
+        with autocast:
             logits = net(images)
             loss = F.cross_entropy(logits, labels)
         figures.add(loss, logits, labels)
-    return figures.result()
+    return _finite(figures.result())
 
 
 def _move(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (images.to(device, non_blocking=True, memory_format=torch.channels_last),
-            labels.to(device, non_blocking=True))
+    pinned = device.type == "cuda"  # so the copy needn't be waited for
+    return (images.to(device, non_blocking=pinned, memory_format=torch.channels_last),
+            labels.to(device, non_blocking=pinned))
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
+    """bfloat16 on GPUs that have it in hardware."""
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
 
 
 def _show(result: Result | None, bar: tqdm) -> None:
@@ -124,7 +130,7 @@ def _finite(result: Result) -> Result:
 # ---------------------------------------------------------------- the machine
 
 def find_device(name: str) -> torch.device:
-    """The device of Config's name for it. Raises UserError when it isn't there."""
+    """The device of Config's name for it. Raises UserError when it isn't there, or this PyTorch can't use it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind, _, index = name.partition(":")
@@ -132,8 +138,26 @@ def find_device(name: str) -> torch.device:
     if int(index or 0) >= there:
         raise UserError(f"device is {name}, but this PyTorch finds {there} {kind} devices: "
                         "use --device cpu, or install a PyTorch that fits the hardware")
-    torch.backends.cudnn.benchmark = True
-    return torch.device(name)
+    device = torch.device(name)
+    try:
+        if kind == "cuda":
+            torch.cuda.set_device(device)  # events and pinned memory belong to the current device
+            torch.backends.cudnn.benchmark = True
+        torch.ones(1, device=device).sum().item()
+    except RuntimeError as error:  # a GPU that is too old for this build, say
+        raise UserError(f"this PyTorch can't use device {name} ({str(error).splitlines()[0]}): use --device cpu, or install "
+                        "a PyTorch that fits the hardware") from error
+    return device
+
+
+def describe(device: torch.device) -> str:
+    """The device with the model of its processor, for the records."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    processor = platform.processor()
+    with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:  # Linux names the model here only
+        processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return f"{device} ({processor or platform.machine()})"
 
 
 def seed_torch(seed: int, epoch: int) -> None:
@@ -146,7 +170,7 @@ def seed_torch(seed: int, epoch: int) -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next step, instead of returning and fetching the pages of every
-    activation anew: on a CPU that is a fifth of a step's time (benchmarks/training_speed.py). Elsewhere, nothing."""
+    activation anew. Elsewhere, nothing."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import secrets
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,7 @@ FORMATS = {
     "epoch": "d", "lr": ".6f", "train_loss": ".4f", "train_acc": ".2f", "val_loss": ".4f", "val_acc": ".2f",
     "test_loss": ".4f", "test_acc": ".2f", "seconds": ".2f",
 }
+TEMPORARY = ".tmp-"  # how the names of half-written files begin
 PLACES = ("data_dir", "log_dir")  # where things lie on one machine is no part of what a run is, and stays out of logs
 Row = dict[str, float]
 
@@ -31,7 +34,7 @@ Row = dict[str, float]
 def write(path: Path, data: bytes | str, durable: bool = False) -> None:
     """Replace the file `path` by `data` in one step: a reader, or a crash, meets the old file or the new one, whole.
     `durable` waits until the disk has it. Raises UserError when it can't be written; the old file is then as it was."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         try:
             with open(beside, "wb") as file:
@@ -43,7 +46,7 @@ def write(path: Path, data: bytes | str, durable: bool = False) -> None:
         finally:
             beside.unlink(missing_ok=True)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from error
 
@@ -53,9 +56,9 @@ def unwritable(path: Path, error: OSError) -> UserError:
                      "or choose another --log-dir")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a loss of power. Windows can't open folders, and does without."""
-    with contextlib.suppress(PermissionError):
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` last through a loss of power, where the system can (Windows can't open folders)."""
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -81,9 +84,15 @@ def new_folder(log_dir: Path, name: str, files: Mapping[str, bytes | str]) -> Pa
             write(hidden / file, data, durable=True)
         stem = time.strftime("%Y-%m-%d_%H-%M-%S") + (f"-{name}" if name else "")
         for count in range(1, 1000):
-            with contextlib.suppress(OSError):
-                return hidden.rename(runs / (stem if count == 1 else f"{stem}-{count}"))
-        raise UserError(f"no folder for the run could be made in {runs}")
+            try:
+                folder = hidden.rename(runs / (stem if count == 1 else f"{stem}-{count}"))
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.EACCES):  # the last one is Windows'
+                    raise unwritable(runs, error) from error
+            else:
+                sync_folder(runs)
+                return folder
+        raise UserError(f"no folder for the run could be made in {runs}: all names from {stem} on are taken")
     finally:
         if hidden.exists():
             for left in hidden.iterdir():
@@ -93,26 +102,27 @@ def new_folder(log_dir: Path, name: str, files: Mapping[str, bytes | str]) -> Pa
 
 class Log:
     """The model_accuracy.log of one run, in the run's folder and as a copy in the log folder above: `record` is what
-    config.json holds, `rows` the figures of its epochs so far.
+    config.json holds, `rows` the figures of its epochs so far, `log_dir` the folder of the copies.
 
     The copy is that of the run started last: another run that starts takes it over, and this one then leaves it alone.
     """
 
-    def __init__(self, folder: Path, record: dict[str, Any], rows: list[Row]) -> None:
-        self.folder, self.record, self.rows = folder, record, rows
+    def __init__(self, folder: Path, log_dir: Path, record: dict[str, Any], rows: list[Row]) -> None:
+        self.folder, self.log_dir, self.record, self.rows = folder, log_dir, record, rows
         self.comments = comments(folder.name, record)
 
     def start(self, summary: str) -> None:
-        """Write the log so far, and take over the copies in the log folder; `summary` is torch_summary.log's text."""
+        """Write the log so far, and take over the copies in the log folder; `summary` is torch_summary.log's text.
+        Raises UserError when that can't be done."""
         write(self.folder / CONFIG, as_json(self.record))
         for name, text in ((ACCURACY_LOG, self.text()), (SUMMARY_LOG, summary)):
             write(self.folder / name, text)
-            write(_copy_of(self.folder, name), text)
+            write(self.log_dir / name, text)
 
-    def update(self) -> None:
-        """Write the log, and the copy if it is still this run's."""
-        write(self.folder / ACCURACY_LOG, self.text())
-        above = _copy_of(self.folder, ACCURACY_LOG)
+    def update(self, durable: bool = False) -> None:
+        """Write the log, and the copy if it is still this run's. Raises UserError when that can't be done."""
+        write(self.folder / ACCURACY_LOG, self.text(), durable)
+        above = self.log_dir / ACCURACY_LOG
         if above.exists() and above.read_bytes().startswith(f"# {self.comments[0]}\n".encode()):
             write(above, self.text())
 
@@ -128,10 +138,6 @@ class Log:
 
     def last_row(self) -> str:
         return table(self.rows[-1:], self.columns()).splitlines()[1]
-
-
-def _copy_of(folder: Path, name: str) -> Path:
-    return folder.parent.parent / name
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -174,7 +180,7 @@ def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any
     return {
         "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in PLACES},
         "network": dict(network), "dataset": dict(dataset),
-        "machine": {"device": device, "system": platform.system(), "processor": platform.machine()},
+        "machine": {"device": device, "system": platform.system()},
         "versions": versions | {"albumentations": importlib.metadata.version("albumentations")},
         "notes": [],
     }
@@ -215,7 +221,8 @@ def read_log(path: Path) -> tuple[list[str], list[Row]]:
     if header != known or "epoch" not in header or any(len(line) != len(header) for line in cells[1:]):
         raise UserError(f"{path} is no whole log of a run: its table is damaged")
     try:
-        rows = [{name: float(cell) for name, cell in zip(header, line, strict=True)} for line in cells[1:]]
+        rows = [{name: int(cell) if name == "epoch" else float(cell) for name, cell in zip(header, line, strict=True)}
+                for line in cells[1:]]
     except ValueError as error:
         raise UserError(f"{path} is no whole log of a run: {error}") from error
     if [row["epoch"] for row in rows] != list(range(len(rows))):
@@ -252,7 +259,7 @@ def named_run(log_dir: Path, name: str) -> Path:
     """The folder of the run that a person calls `name`: a folder's name under `log_dir`/runs, or a path."""
     for folder in (log_dir / "runs" / name, Path(name)):
         if folder.is_dir():
-            return folder
+            return folder.resolve()
     raise UserError(f"there is no run {name}: neither a folder in {log_dir / 'runs'} nor a path to one")
 
 
