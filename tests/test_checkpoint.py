@@ -113,7 +113,7 @@ def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, sto
         torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
     status, _, err = run("--resume")
     assert status == 2
-    assert "do not fit the network of model.py" in one_line(err)
+    assert "does not fit the network of model.py" in one_line(err)
 
 
 def test_a_running_run_is_not_resumed(run, tmp_path, stop_in_epoch):
@@ -331,7 +331,7 @@ def test_a_signal_ends_the_run_with_everything_saved(pictures, tmp_path, number,
     assert process.returncode == status
     (folder,) = find_runs(tmp_path)
     assert f"stopped by {number.name}; epochs 0 to " in one_line(err)
-    assert f"--resume {folder.name}" in err
+    assert f"--resume {folder}\n" in err
     rows = read_run(folder).rows
     saved = load(folder)[0]
     assert len(rows) == saved["scheduler"]["last_epoch"] == len(saved["rows"]) >= 2

@@ -91,11 +91,10 @@ def test_the_cache_is_used_until_the_folder_changes(tmp_path, monkeypatch):
     Image.new("RGB", (32, 32), "blue").save(changed)
     assert (folder(root).test.images == [0, 0, 255]).all((1, 2, 3)).any()
     whole, rng = (root / ".cache.npz").read_bytes(), np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(50):
         flipped = bytearray(whole)
         flipped[rng.integers(len(whole))] ^= 1 << rng.integers(8)
         (root / ".cache.npz").write_bytes(flipped)
-        assert folder(root).fingerprint() == folder(root).fingerprint()
         assert len(folder(root).train) == 7
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -105,7 +106,8 @@ def unpack(path: Path) -> dict[str, Any]:
     if hashlib.sha256(content).digest() != digest:
         raise Damaged(f"{path.name} is damaged (its checksum is wrong)")
     try:  # a right checksum is no proof of good will, so only tensors and plain values are loaded
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of foreign content, about which the error says enough
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on foreign content
         raise Damaged(f"{path.name} holds no checkpoint that is safe to load") from error
     if not isinstance(state, dict) or set(state) != KEYS:
