@@ -113,6 +113,9 @@ def train(config: Config, resumed: "Resumed | None" = None) -> None:
         finish(parts, log)
     except BaseException as end:
         checkpoints.rescue(end)
+        with contextlib.suppress(Exception):  # `end` may have come between an epoch's checkpoint and its row
+            del log.rows[checkpoints.saved:]
+            log.update()
         raise
 
 
@@ -279,6 +282,7 @@ def save(parts: Parts, log: "Log", name: str) -> None:
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe, a full disk: main() has said so
+            stream.flush()
     os._exit(status)  # all is on disk and no worker is left; with torch, Python's own way out takes more than a second

@@ -119,7 +119,7 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
     `net` is left as it was. Raises what its forward pass raises.
     """
     images = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
-    fields = {(id(images), images._version): _Field(jump=1, size=1)}
+    fields = {_identity(images): _Field(jump=1, size=1)}
     alive = [images]  # an id is only unique while its tensor lives
     arrived: dict[nn.Module, _Field] = {}
     found: list[Convolution] = []
@@ -127,11 +127,11 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
 
     def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         lost = _Field(unknown=f"{names[module]} is given what no layer put out: a sum of branches or a function's result")
-        arrived[module] = fields.get((id(inputs[0]), inputs[0]._version), lost) if inputs else lost
+        arrived[module] = fields.get(_identity(inputs[0]), lost) if inputs else lost
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         field = _through(module, arrived[module], names[module], image_size)
-        fields[id(output), output._version] = field
+        fields[_identity(output)] = field
         alive.append(output)
         if isinstance(module, nn.Conv2d):
             found.append(_describe(module, names[module], field, output))
@@ -148,6 +148,11 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
         for module, mode in training.items():
             module.training = mode
     return found
+
+
+def _identity(value: object) -> tuple[int, int]:
+    """Which tensor it is, and in which state: one that is changed in place is another from then on."""
+    return id(value), getattr(value, "_version", 0)
 
 
 def _through(layer: nn.Module, field: _Field, name: str, image_size: int) -> _Field:

@@ -110,8 +110,9 @@ def proportional_memory(pid: int) -> int:
         total = 1024 * next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
         for thread in Path(f"/proc/{pid}/task").iterdir():
             total += sum(proportional_memory(int(child)) for child in (thread / "children").read_text().split())
-    except (OSError, StopIteration):  # it has ended meanwhile
-        pass
+    except (OSError, StopIteration):
+        if Path(f"/proc/{pid}").exists():  # it has not just ended: this system doesn't tell
+            raise
     return total
 
 

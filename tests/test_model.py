@@ -100,6 +100,24 @@ def test_a_sum_in_place_is_a_branch_too():
     assert [c.receptive_field for c in convolutions(Residual())] == [3, 7, None]
 
 
+class Halves(nn.Module):
+    def forward(self, images):
+        return images.chunk(2, 1)
+
+
+class Splitting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.halves, self.last = nn.Conv2d(3, 4, 3), Halves(), nn.Conv2d(2, 2, 3)
+
+    def forward(self, images):
+        return self.last(self.halves(self.first(images))[0])
+
+
+def test_a_layer_that_gives_several_tensors_is_a_branch():
+    assert [c.receptive_field for c in convolutions(Splitting())] == [3, None]
+
+
 def test_an_activation_in_place_is_followed():
     found = convolutions(nn.Sequential(nn.Conv2d(3, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 3, 3)))
     assert [c.receptive_field for c in found] == [3, 5]

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -140,7 +141,7 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, mo
     (["--device", "gpu"], "device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
     (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unrecognized arguments: fly"),
     (["--dataset", "cifar10", "--data-dir", "/nowhere"], "could not be downloaded"),
-    (["--validation", "100"], "validation is 100"), (["--data-dir", "x" * 300], "File name too long"),
+    (["--validation", "100"], "validation is 100"), (["--data-dir", "x" * 300], "x" * 300),
     (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run nothing")])
 def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arguments, words):
     status, out, err = run(*arguments)
@@ -163,6 +164,27 @@ def test_a_log_folder_that_is_a_file(run, tmp_path):
     assert status == 2
     assert "could not be written" in one_line(err)
     assert (tmp_path / "logs").read_text() == "mine"
+
+
+def test_an_error_of_the_machine_is_one_line(run, monkeypatch):
+    from training import images
+
+    def failing(*_):
+        raise OSError(5, "Input/output error", "disk")
+
+    monkeypatch.setattr(images, "load", failing)
+    status, _, err = run()
+    assert status == 2
+    assert "Input/output error: 'disk'" in one_line(err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_that_cannot_be_written_is_one_line(pictures, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, ROOT / "main.py", "--dataset", "folder", "--data-dir", pictures, "--log-dir",
+                               tmp_path, "--epochs", "1"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert "No space left on device" in one_line(done.stderr)
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
@@ -226,7 +248,7 @@ def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
     assert "phoned home" not in out
 
 
-def test_the_real_cifar10_trains(cifar10, tmp_path, capsys):
+def test_the_real_cifar10_trains(cifar10, tmp_path):
     """Two thousand real images for two epochs: the whole path, with the official batches."""
     from training import images
 

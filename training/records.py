@@ -114,6 +114,10 @@ class Log:
     def start(self, summary: str) -> None:
         """Write the log so far, and take over the copies in the log folder; `summary` is torch_summary.log's text.
         Raises UserError when that can't be done."""
+        try:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritable(self.log_dir, error) from error
         write(self.folder / CONFIG, as_json(self.record))
         for name, text in ((ACCURACY_LOG, self.text()), (SUMMARY_LOG, summary)):
             write(self.folder / name, text)
