@@ -386,7 +386,7 @@ def test_kill_9_at_a_few_random_moments(pictures, tmp_path):
     whole = start(*arguments, "--log-dir", str(tmp_path / "whole"))
     assert whole.wait() == 0
     took = sum(row["seconds"] for row in read_run(find_runs(tmp_path / "whole")[0]).rows)
-    taken_up = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 4, took / 2, 1, 0.0)
+    taken_up = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 4, took, 1, 0.0)
     assert taken_up > 0
     assert_killed_runs_equal(find_runs(tmp_path / "whole")[0], tmp_path / "killed")
 
