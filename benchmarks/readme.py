@@ -31,6 +31,9 @@ def log_table() -> str:
         row = rows[epoch]
         lines.append(f"| {epoch} | {row['lr']:.6f} | {row['train_loss']:.4f} | {row['train_acc']:.2f} | {row['test_loss']:.4f} "
                      f"| {row['test_acc']:.2f} | {train:.2f} | {test:.2f} |")
+    gap = rows[79]["test_acc"] - PUBLISHED[79][1]
+    lines += ["", f"The final test accuracy is {rows[79]['test_acc']:.2f} %, {abs(gap):.2f} points "
+              f"{'below' if gap < 0 else 'above'} the published run's."]
     return "\n".join(lines)
 
 
