@@ -36,6 +36,10 @@ class Config:
                               "once, after the last epoch", low=0, high=10**7)
     workers: int = setting(2, "processes that augment images beside the training; changes speed, never results",
                            low=0, high=256)
+    batches: str = setting("auto", "where batches are made: device, whole ones at once, on the device that trains; workers, "
+                           "image by image, in processes; auto, device if the augmentation can run there. The random numbers "
+                           "of the two differ, their distribution does not",
+                           choices=("auto", "device", "workers"))
 
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -62,6 +66,7 @@ class Config:
 
     # run
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
+    capture: bool = setting(False, "record a step of training as a CUDA graph and replay it; for batches on a CUDA device")
     seed: int = setting(0, "the one source of the run's randomness", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads that compute; 0: one for each core the program may use", low=0, high=1024)
     name: str = setting("", "a word put behind the date in the name of the run's folder")

@@ -22,11 +22,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from config import RECIPES, Config, UserError
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
+    import albumentations as A
     import torch
 
     from training.batches import Batches
+    from training.capture import CapturedStep
     from training.checkpoint import Checkpoints, Resumed
+    from training.device_batches import DeviceBatches
     from training.images import Images
+    from training.loop import TrainStep
     from training.records import Log
 
 DEMONSTRATION_EPOCHS = 5
@@ -127,10 +131,12 @@ class Parts:
     images: "Images"
     mean: tuple[float, ...]
     deviation: tuple[float, ...]
+    policies: "dict[str, A.Compose]"
     device: "torch.device"
     net: "torch.nn.Module"
     optimizer: "torch.optim.SGD"
     scheduler: "torch.optim.lr_scheduler.CosineAnnealingLR"
+    step: "TrainStep | CapturedStep"
 
     def state(self) -> dict[str, Any]:
         """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
@@ -149,6 +155,9 @@ def build(config: Config) -> Parts:
     import torch
 
     from model import Net
+    from training.augment import test_policy, train_policy
+    from training.capture import make_step
+    from training.device_batches import settled
     from training.images import load
     from training.loop import find_device, keep_freed_memory, seed_torch
 
@@ -160,14 +169,18 @@ def build(config: Config) -> Parts:
     config = dataclasses.replace(config, dataset=images.kind, threads=config.threads or cores())
     images = images.hold_out(config.validation)
     mean, deviation = images.statistics()
+    normalization = test_policy(mean, deviation)
+    policies = {"train": train_policy(config, mean, deviation), "validation": normalization, "test": normalization}
+    config = dataclasses.replace(config, batches=settled(config.batches, policies, images.train, device))
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net = Net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                                weight_decay=config.weight_decay)
+                                weight_decay=config.weight_decay, fused=device.type == "cuda")
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
-    return Parts(config, images, mean, deviation, device, net, optimizer, scheduler)
+    return Parts(config, images, mean, deviation, policies, device, net, optimizer, scheduler,
+                 make_step(net, optimizer, device, config))
 
 
 def cores() -> int:
@@ -222,20 +235,20 @@ def run_epochs(parts: Parts, log: "Log", checkpoints: "Checkpoints") -> None:
             print(log.last_row(), flush=True)
 
 
-def make_batches(parts: Parts) -> "Batches":
-    """The batches of all three splits, made by worker processes."""
-    from training.augment import test_policy, train_policy
+def make_batches(parts: Parts) -> "Batches | DeviceBatches":
+    """The batches of all three splits, made on the device or by worker processes."""
     from training.batches import Batches
+    from training.device_batches import DeviceBatches
 
     config, images = parts.config, parts.images
-    normalization = test_policy(parts.mean, parts.deviation)
-    return Batches(
-        {"train": images.train, "validation": images.validation, "test": images.test},
-        {"train": train_policy(config, parts.mean, parts.deviation), "validation": normalization, "test": normalization},
-        config.batch_size, config.seed, config.workers, pin_memory=parts.device.type == "cuda")
+    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    if config.batches == "device":
+        return DeviceBatches(splits, parts.policies, config.batch_size, config.seed, parts.device)
+    return Batches(splits, parts.policies, config.batch_size, config.seed, config.workers,
+                   pin_memory=parts.device.type == "cuda")
 
 
-def run_epoch(parts: Parts, batches: "Batches", epoch: int, last: bool) -> dict[str, float]:
+def run_epoch(parts: Parts, batches: "Batches | DeviceBatches", epoch: int, last: bool) -> dict[str, float]:
     """Train one epoch, then test: the epoch's row of the log."""
     from tqdm import tqdm
 
@@ -247,8 +260,7 @@ def run_epoch(parts: Parts, batches: "Batches", epoch: int, last: bool) -> dict[
     seed_torch(config.seed, epoch + 1)
     with tqdm(total=images, desc=f"epoch {epoch}", unit=" images", mininterval=1, disable=None, leave=False,
               dynamic_ncols=True, bar_format=BAR) as bar:
-        row["train_loss"], row["train_acc"] = train_epoch(
-            net, parts.optimizer, batches.shuffled("train", epoch), device, config.label_smoothing, bar)
+        row["train_loss"], row["train_acc"] = train_epoch(parts.step, batches.shuffled("train", epoch), bar)
     parts.scheduler.step()
     if config.validation:
         row["val_loss"], row["val_acc"] = test(net, batches.in_order("validation"), device)

@@ -38,7 +38,7 @@ def main(data_dir: str, rounds: int, steps: int) -> str:
             stream = iter(batches.shuffled("train", 0))
             for _ in range(rounds):
                 started = time.perf_counter()
-                train_epoch(parts.net, parts.optimizer, islice(stream, steps), parts.device, 0.0, bar)
+                train_epoch(parts.step, islice(stream, steps), bar)
                 a_step.append((time.perf_counter() - started) / steps)
                 started = time.perf_counter()
                 checkpoints.epoch_ended(parts.state(), log, last=True)

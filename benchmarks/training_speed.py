@@ -1,10 +1,11 @@
-"""Training speed beside the script most people write, in images per second, and the memory of a whole run.
+"""Training speed of every path, side by side with the script most people write, and what bounds it.
 
-    python benchmarks/training_speed.py --data-dir ~/data          prints, and writes benchmarks/results/training_speed.txt
+    python benchmarks/training_speed.py --data-dir ~/data          prints, and writes benchmarks/results/training_speed*.txt
 
-Both train the same network on the same images with the same Albumentations steps, batch size, threads and number of
-workers. Each measurement is a process of its own; the two take turns, and medians are compared. "The usual script" is
-a Dataset that opens one PIL image at a time and ends in ToTensorV2, NCHW memory, and .item() on every batch.
+All train the same network on the same images with the same batch size and threads. Each measurement is a process of its
+own; the paths take turns, and medians are compared. "The usual script" is a Dataset that opens one PIL image at a time and
+ends in ToTensorV2, NCHW memory, and .item() on every batch. On CUDA "the fast public style" joins: images on the GPU,
+torch.compile with max-autotune, an epoch flipped and cropped at once and cut into slices. It augments less than the others.
 """
 
 import argparse
@@ -14,115 +15,187 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.others import WARM_UP, Measured, fast_public_style, timed, usual_script
+
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network at import
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 10  # steps before the clock starts
+EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
 
 
-def usual_script(data_dir: str, steps: int, workers: int) -> float:
-    """Images per second of the script most people write."""
-    import albumentations as A
-    import numpy as np
+# ---------------------------------------------------------------- the paths
+
+def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
+    """main.py's own parts."""
     import torch
-    from albumentations.pytorch import ToTensorV2
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
 
     import main
     from config import Config
-    from model import Net
-    from training.augment import train_policy
-    from training.images import load
+    from training.loop import test
 
-    config = Config()
-    images = load("cifar10", data_dir)
-    policy = A.Compose([*train_policy(config, *images.statistics()), ToTensorV2()])
+    parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings))  # type: ignore[arg-type]
+    with closing(main.make_batches(parts)) as batches:
+        parts.net.train()
+        measured = timed(parts.step, batches.shuffled("train", 0), arguments.steps, parts.device)
+        tests = batches.in_order("test")
+        test(parts.net, islice(tests, 1), parts.device)
+        started, seen = time.perf_counter(), 0
 
-    class OneByOne(Dataset):
-        def __len__(self):
-            return len(images.train)
+        def counted():
+            nonlocal seen
+            for images, labels in islice(tests, arguments.steps):
+                seen += len(labels)
+                yield images, labels
 
-        def __getitem__(self, index):
-            picture = Image.fromarray(images.train.images[index])
-            return policy(image=np.array(picture))["image"], int(images.train.labels[index])
-
-    torch.set_num_threads(main.cores())
-    net = Net()
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    criterion = torch.nn.CrossEntropyLoss()
-    net.train()
-    loss_sum = correct = 0.0
-    for step, (inputs, labels) in enumerate(DataLoader(OneByOne(), config.batch_size, shuffle=True, num_workers=workers)):
-        if step == WARM_UP:
-            started = time.perf_counter()
-        if step == WARM_UP + steps:
-            break
-        optimizer.zero_grad()
-        outputs = net(inputs)
-        loss = criterion(outputs, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        correct += outputs.argmax(1).eq(labels).sum().item()
-    return steps * config.batch_size / (time.perf_counter() - started)
+        test(parts.net, counted(), parts.device)
+        measured["test"] = seen / (time.perf_counter() - started)
+    if parts.device.type == "cuda":
+        measured["memory"] = torch.cuda.max_memory_allocated()
+    return measured
 
 
-def this_program(data_dir: str, steps: int, workers: int) -> float:
-    """Images per second of main.py's own parts."""
-    from contextlib import closing
-    from itertools import islice
-
-    from tqdm import tqdm
-
-    import main
-    from config import Config
-    from training.loop import train_epoch
-
-    parts = main.build(Config(dataset="cifar10", data_dir=data_dir, workers=workers, device="cpu"))
-    with closing(main.make_batches(parts)) as batches, tqdm(disable=True) as bar:
-        stream = iter(batches.shuffled("train", 0))
-        train_epoch(parts.net, parts.optimizer, islice(stream, WARM_UP), parts.device, 0.0, bar)
-        started = time.perf_counter()
-        train_epoch(parts.net, parts.optimizer, islice(stream, steps), parts.device, 0.0, bar)
-        return steps * parts.config.batch_size / (time.perf_counter() - started)
+def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
+    """The rows of the table; the first is what the ratios are to."""
+    usual = 8 if cuda else 2
+    rows: dict[str, Callable[[argparse.Namespace], Measured]] = {
+        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual)}
+    for workers in (2, 4, 8):
+        rows[f"main.py, {workers} workers"] = lambda arguments, workers=workers: this_program(  # type: ignore[misc]
+            arguments, batches="workers", workers=workers)
+    rows["main.py, device"] = lambda arguments: this_program(arguments, batches="device")
+    if cuda:
+        rows["main.py, device, captured"] = lambda arguments: this_program(arguments, batches="device", capture=True)
+        rows["the fast public style"] = fast_public_style
+    return rows
 
 
-PATHS = {"the usual script": usual_script, "this program": this_program}
-
-
-def measured(path: str, arguments: argparse.Namespace) -> float:
+def measured(path: str, arguments: argparse.Namespace) -> Measured:
     """One measurement of `path` in a new process."""
     command = [sys.executable, __file__, "--measure", path, "--data-dir", arguments.data_dir, "--steps", str(arguments.steps),
-               "--workers", str(arguments.workers)]
+               "--device", arguments.device]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+# ---------------------------------------------------------------- what bounds them
+
+def traffic() -> int:
+    """The values that an image's training step must move to and from memory at the least.
+
+    With everything fused that batch statistics allow, a convolution's output is written and read once forwards; backwards
+    it is read once, its gradient written and read once; and where BatchNorm follows, both are read once more for its sums.
+    """
+    import torch
+    from torch import nn
+
+    from model import Net
+
+    net, moved = Net().eval(), 0
+    layers = [layer for layer in net.modules() if not list(layer.children())]
+
+    def count(layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        nonlocal moved
+        normalized = layer is not layers[-1] and isinstance(layers[layers.index(layer) + 1], nn.BatchNorm2d)
+        moved += output[0].numel() * (7 if normalized else 5)
+
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(count)
+    net(torch.zeros(1, 3, 32, 32))
+    return moved
+
+
+def fastest(run: Callable[[], object], times: int, device: str) -> float:
+    """Seconds of one call, the best of five rounds of `times`."""
+    import torch
+
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(times):
+            run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - started) / times)
+    return best
+
+
+def floor(device: str, kernels: int) -> list[str]:
+    """The least time of an epoch's memory traffic, and of the launches of an eager step's `kernels`."""
+    import torch
+
+    block = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
+    other = torch.empty_like(block)
+    bandwidth = 2 * block.numel() * 4 / fastest(lambda: other.copy_(block), 3, device)
+    size = traffic() * (4 if device == "cpu" else 2)
+    lines = [f"memory: a step moves {size / 1e6:.1f} MB an image at least; at {bandwidth / 1e9:.0f} GB/s, which a copy reaches "
+             f"here, that is {TRAIN * size / bandwidth:.2f} s an epoch"]
+    if device != "cpu":
+        launch = fastest(lambda: block[:1].add_(1), 1000, device)
+        lines.append(f"launches: {kernels} kernels a step, {1e6 * launch:.1f} us each when launched one by one: "
+                     f"{1e3 * kernels * launch:.2f} ms a step")
+    return lines
+
+
+def profile(arguments: argparse.Namespace) -> tuple[str, int]:
+    """Where the time of a step goes, by kind of operation, on the device path; and the kernels of a step on a GPU."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    import main
+    from config import Config
+
+    parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device"))
+    batches, steps = iter(main.make_batches(parts).shuffled("train", 0)), 10
+    parts.net.train()
+    for batch in islice(batches, WARM_UP):
+        parts.step(*batch)
+    on_gpu = parts.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for batch in islice(batches, steps):
+            parts.step(*batch)
+    events = profiler.key_averages()
+    times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
+    kernels = sum(event.count for event in events if event.device_type.name == "CUDA")
+    most = sorted(times.items(), key=lambda item: -item[1])[:12]
+    text = "\n".join([f"Shares of a step's time, {machine(arguments.device)}, the device path, {steps} steps", "",
+                      *(f"{100 * spent / sum(times.values()):5.1f} %  {name[:90]}" for name, spent in most)])
+    return text + "\n", kernels // steps
+
+
+def machine(device: str) -> str:
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def proportional_memory(pid: int) -> int:
     """Bytes that a process and its descendants hold, shared pages counted once (Linux)."""
-    total = 0
     try:
         rollup = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         total = 1024 * next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
         for thread in Path(f"/proc/{pid}/task").iterdir():
             total += sum(proportional_memory(int(child)) for child in (thread / "children").read_text().split())
-    except (OSError, StopIteration):
-        if Path(f"/proc/{pid}").exists():  # it has not just ended: this system doesn't tell
-            raise
-    return total
+        return total
+    except (ProcessLookupError, FileNotFoundError):  # it has just ended
+        return 0
 
 
-def peak_memory(arguments: argparse.Namespace) -> float:
-    """The peak, in GB, of `python main.py --epochs 1` with its workers: loading, an epoch, a test, the final files."""
-    import tempfile
-
+def peak_memory(arguments: argparse.Namespace, batches: str) -> float:
+    """The peak, in GB, of `python main.py --epochs 1` with all its processes: loading, an epoch, a test, the final files."""
     with tempfile.TemporaryDirectory() as logs:
         command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
-                   arguments.data_dir, "--workers", str(arguments.workers), "--log-dir", logs, "--epochs", "1"]
+                   arguments.data_dir, "--device", arguments.device, "--batches", batches, "--log-dir", logs, "--epochs", "1"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
@@ -134,34 +207,52 @@ def peak_memory(arguments: argparse.Namespace) -> float:
 
 
 def main() -> None:
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--steps", type=int, default=40, help="steps a measurement (default: 40)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--measure", choices=PATHS, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    rows = paths(arguments.device == "cuda")
     if arguments.measure:
-        print(json.dumps(PATHS[arguments.measure](arguments.data_dir, arguments.steps, arguments.workers)))
+        print(json.dumps(rows[arguments.measure](arguments)))
         return
-    speeds: dict[str, list[float]] = {path: [] for path in PATHS}
+    found: dict[str, list[Measured]] = {path: [] for path in rows}
     for _ in range(arguments.repeats):
-        for path in PATHS:
-            speeds[path].append(measured(path, arguments))
-            print(f"{path}: {speeds[path][-1]:.0f} images/s", flush=True)
-    usual = statistics.median(speeds["the usual script"])
-    lines = [f"Training speed, {platform.machine()} CPU, {os.cpu_count()} cores, {arguments.workers} workers, batch 128, "
-             f"{arguments.repeats} interleaved measurements of {arguments.steps} steps", "",
-             f"{'':<20} {'images/s: median':>16} {'min':>6} {'max':>6} {'ratio':>6}"]
-    for path, values in speeds.items():
-        median = statistics.median(values)
-        lines.append(f"{path:<20} {median:16.0f} {min(values):6.0f} {max(values):6.0f} {median / usual:6.2f}")
+        for path in rows:
+            found[path].append(measured(path, arguments))
+            print(f"{path}: {found[path][-1]['train']:.0f} images/s", flush=True)
+    shares, kernels = profile(arguments)
+    text = table(found, arguments) + "\n" + "\n".join(floor(arguments.device, kernels)) + "\n"
     if sys.platform == "linux":
-        lines += ["", f"peak memory of python main.py --epochs 1, workers included: {peak_memory(arguments):.2f} GB"]
-    text = "\n".join(lines) + "\n"
-    print("\n" + text)
+        peaks = ", ".join(f"--batches {batches}: {peak_memory(arguments, batches):.2f} GB" for batches in ("workers", "device"))
+        text += f"peak memory of python main.py --epochs 1, all processes: {peaks}\n"
+    print("\n" + text + "\n" + shares)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "training_speed.txt").write_text(text)
+    ending = "" if arguments.device == "cpu" else "_cuda"
+    (RESULTS / f"training_speed{ending}.txt").write_text(text)
+    (RESULTS / f"training_profile{ending}.txt").write_text(shares)
+
+
+def table(found: dict[str, list[Measured]], arguments: argparse.Namespace) -> str:
+    """The rows with their medians; the times of an epoch and of 80 epochs with a test each are worked out from them."""
+    usual = statistics.median(each["train"] for each in next(iter(found.values())))
+    lines = [f"Training speed, {machine(arguments.device)}, batch 128, {arguments.repeats} interleaved measurements of "
+             f"{arguments.steps} steps", "",
+             f"{'':<29} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, min':>15}"]
+    for path, values in found.items():
+        train, test = (statistics.median(each[key] for each in values) for key in ("train", "test"))
+        speeds = [each["train"] for each in values]
+        lines.append(f"{path:<29} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual:7.2f} "
+                     f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / test) / 60:15.1f}")
+    if arguments.device == "cuda":
+        lines += ["", *(f"{path}: first step {statistics.median(each['first'] for each in values):.1f} s"
+                        + (f", {values[0]['memory'] / 1e9:.2f} GB of the GPU" if "memory" in values[0] else "")
+                        for path, values in found.items())]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

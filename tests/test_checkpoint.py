@@ -33,11 +33,11 @@ def stop_in_epoch(monkeypatch):
     def arrange(number: int):
         calls = iter(range(number, -1, -1))
 
-        def stopped(net, optimizer, batches, *rest):
+        def stopped(step, batches, bar):
             if next(calls, None) == 0:
-                train_epoch(net, optimizer, [next(iter(batches))], *rest)  # some weights have moved
+                train_epoch(step, [next(iter(batches))], bar)  # some weights have moved
                 signal.raise_signal(signal.SIGINT)
-            return train_epoch(net, optimizer, batches, *rest)
+            return train_epoch(step, batches, bar)
 
         monkeypatch.setattr(loop, "train_epoch", stopped)
 
@@ -68,6 +68,17 @@ def test_a_resumed_run_is_the_run_that_was_never_interrupted(run, tmp_path, unin
     assert figures(folder) == figures(uninterrupted)
     assert (tmp_path / "logs" / "model_accuracy.log").read_bytes() == (folder / "model_accuracy.log").read_bytes()
     assert not any("resumed" in line for line in read_run(folder).comments)
+
+
+def test_a_run_with_workers_resumes_as_exactly(run, tmp_path, stop_in_epoch):
+    config = ("--epochs", "3", "--dropout", "0.2", "--batches", "workers")
+    assert run(*config, "--log-dir", str(tmp_path / "whole"))[0] == 0
+    stop_in_epoch(1)
+    assert run(*config)[0] == 130
+    assert run("--resume", "--workers", "2")[0] == 0
+    whole, folder = find_runs(tmp_path / "whole")[0], only_run(tmp_path)
+    assert weights_of(folder) == weights_of(whole)
+    assert figures(folder) == figures(whole)
 
 
 def test_a_run_that_ended_between_its_last_epoch_and_its_summary_is_finished_by_resume(run, tmp_path, uninterrupted):
@@ -297,7 +308,7 @@ def test_fuzz_of_checkpoint_config_and_log(run, tmp_path, monkeypatch, stop_in_e
 def started(pictures: Path, logs: Path, *more: str) -> subprocess.Popen:
     """A long run in a process of its own with two workers, past its second epoch."""
     process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(logs), "--epochs", "100000",
-                    *SMALL, "--workers", "2", *more)
+                    *SMALL, "--batches", "workers", "--workers", "2", *more)
     wait_for_epoch(process, 1)
     return process
 
@@ -453,11 +464,11 @@ def test_memory_that_runs_out_is_named(run, tmp_path, monkeypatch, error, words)
 def test_a_loss_that_turns_nan_is_named(run, tmp_path, monkeypatch):
     train_epoch, calls = loop.train_epoch, iter(range(10))
 
-    def poisoned(net, *rest):
+    def poisoned(step, *rest):
         if next(calls) == 1:
             with torch.no_grad():
-                next(net.parameters()).fill_(torch.nan)
-        return train_epoch(net, *rest)
+                next(step.net.parameters()).fill_(torch.nan)
+        return train_epoch(step, *rest)
 
     monkeypatch.setattr(loop, "train_epoch", poisoned)
     status, _, err = run("--epochs", "3")

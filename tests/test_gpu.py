@@ -5,14 +5,20 @@ import torch
 from safetensors.torch import load_file
 from test_program import only_run
 
+from config import Config
 from model import Net
+from training.augment import train_policy
+from training.capture import make_step
+from training.device_batches import DeviceBatches
+from training.images import Split, synthetic
 from training.loop import Figures
-from training.records import read_run
+from training.records import find_runs, read_run
 
 pytestmark = pytest.mark.gpu
 
 
-def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch, batches):
     from training import loop
 
     train_epoch, calls = loop.train_epoch, iter(range(10))
@@ -23,7 +29,7 @@ def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch):
         return train_epoch(*arguments)
 
     monkeypatch.setattr(loop, "train_epoch", interrupted)
-    assert run("--device", "cuda", "--epochs", "4", "--lr", "0.05", "--workers", "2")[0] == 130
+    assert run("--device", "cuda", "--epochs", "4", "--lr", "0.05", "--workers", "2", "--batches", batches)[0] == 130
     assert run("--resume")[0] == 0
     found = read_run(only_run(tmp_path))
     assert len(found.rows) == 4
@@ -42,6 +48,7 @@ def test_looking_at_the_figures_waits_for_nothing():
     device = torch.device("cuda")
     figures = Figures(device)
     figures.add(torch.tensor(2.0, device=device), torch.eye(4, device=device), torch.arange(4, device=device))
+    figures.images = 4
     torch.cuda.set_sync_debug_mode("error")
     try:
         assert figures.glance() is None
@@ -50,3 +57,42 @@ def test_looking_at_the_figures_waits_for_nothing():
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
+
+
+def test_device_batches_are_the_same_on_a_gpu():
+    split = synthetic().train
+    few = Split(split.images[:300], split.labels[:300])
+    policy = train_policy(Config(), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    batches = [DeviceBatches({"train": few}, {"train": policy}, 64, 0, torch.device(device)) for device in ("cpu", "cuda")]
+    for (images, labels), (on_gpu, gpu_labels) in zip(*(each.shuffled("train", 5) for each in batches), strict=True):
+        assert torch.equal(labels, gpu_labels.cpu())
+        assert (images != on_gpu.cpu()).float().mean() < 1e-4  # a coordinate may round otherwise
+        assert on_gpu.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_an_epoch_on_a_gpu_waits_for_nothing(captured):
+    device, split = torch.device("cuda"), synthetic().train
+    policy = train_policy(Config(), (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))
+    batches = DeviceBatches({"train": split}, {"train": policy}, 128, 0, device)
+    net = Net().to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
+    step = make_step(net, optimizer, device, Config(capture=captured, batches="device"))
+    net.train()
+    for images, labels in batches.shuffled("train", 0):  # kernels are chosen, and graphs recorded
+        step(images, labels)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, labels in batches.shuffled("train", 1):
+            step(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert step.figures.sums.isfinite().all()
+    assert torch.cuda.max_memory_allocated() < 2e9
+
+
+def test_a_captured_run_learns_as_an_eager_one(run, tmp_path):
+    for flag in ("--capture", "--no-capture"):
+        assert run("--device", "cuda", "--epochs", "6", "--lr", "0.05", flag)[0] == 0
+    eager, captured = (read_run(folder).rows[-1]["train_loss"] for folder in find_runs(tmp_path / "logs"))
+    assert captured == pytest.approx(eager, abs=0.2)

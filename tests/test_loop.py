@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from model import Net
 from training.faults import Diverged
-from training.loop import Figures, Result, find_device, seed_torch, train_epoch
+from training.loop import Figures, Result, TrainStep, find_device, seed_torch, train_epoch
 from training.loop import test as evaluate
 
 CPU = torch.device("cpu")
@@ -41,7 +41,7 @@ def test_an_epoch_is_the_plain_loop(batches):
         loss_sum += loss.item() * len(labels)
         right += (logits.argmax(1) == labels).sum().item()
     with tqdm(disable=True) as bar:
-        result = train_epoch(net, optimizer, batches, CPU, 0.1, bar)
+        result = train_epoch(TrainStep(net, optimizer, CPU, 0.1), batches, bar)
     assert result.loss == pytest.approx(loss_sum / 19, rel=1e-5)
     assert result.accuracy == pytest.approx(100 * right / 19)
     assert all(torch.equal(a, b) for a, b in zip(net.state_dict().values(), plain.state_dict().values(), strict=True))
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch(batches):
     net, optimizer = net_and_optimizer()
     batches[1][0][0] = math.inf
     with pytest.raises(Diverged, match="the loss became nan"), tqdm(disable=True) as bar:
-        train_epoch(net, optimizer, batches, CPU, 0.0, bar)
+        train_epoch(TrainStep(net, optimizer, CPU, 0.0), batches, bar)
 
 
 def test_the_figures_so_far_are_shown_about_once_a_second(batches, monkeypatch):
@@ -73,7 +73,7 @@ def test_the_figures_so_far_are_shown_about_once_a_second(batches, monkeypatch):
     shown = []
     monkeypatch.setattr(Figures, "glance", lambda self: shown.append(self.images))
     with tqdm(disable=True) as bar:
-        train_epoch(*net_and_optimizer(), batches * 4, CPU, 0.0, bar)
+        train_epoch(TrainStep(*net_and_optimizer(), CPU, 0.0), batches * 4, bar)
     assert 3 <= len(shown) <= 5
 
 
@@ -81,6 +81,7 @@ def test_figures():
     figures = Figures(CPU)
     figures.add(torch.tensor(2.0), torch.eye(4), torch.tensor([0, 1, 2, 0]))
     figures.add(torch.tensor(1.0), torch.eye(4)[:1], torch.tensor([0]))
+    figures.images = 5
     assert figures.result() == figures.glance() == Result(loss=9 / 5, accuracy=80.0)
 
 

@@ -78,13 +78,15 @@ def test_the_final_weights_load_in_three_lines_and_give_the_logged_accuracy(run,
     assert f"{100 * right:.2f}" == f"{read_run(folder).rows[-1]['test_acc']:.2f}"
 
 
-def test_one_config_gives_the_same_bytes_and_figures_whatever_the_workers(run, tmp_path):
+@pytest.mark.parametrize("batches", ["workers", "device"])
+def test_one_config_gives_the_same_bytes_and_figures_whatever_the_workers(run, tmp_path, batches):
+    config = ("--epochs", "2", "--dropout", "0.3", "--batches", batches)
     for workers in ("0", "0", "4"):
-        assert run("--epochs", "2", "--dropout", "0.3", "--workers", workers)[0] == 0
+        assert run(*config, "--workers", workers)[0] == 0
     folders = find_runs(tmp_path / "logs")
     assert len({weights_of(folder) for folder in folders}) == 1
     assert len({figures(folder) for folder in folders}) == 1
-    run("--epochs", "2", "--dropout", "0.3", "--seed", "1")
+    run(*config, "--seed", "1")
     assert figures(find_runs(tmp_path / "logs")[0]) != figures(folders[0])
 
 
@@ -93,8 +95,8 @@ def test_the_learning_rates_of_the_baseline(run, tmp_path, monkeypatch):
     from training import loop
     from training.loop import Result
 
-    def epoch(net, optimizer, *_):
-        optimizer.step()
+    def epoch(step, *_):
+        step.optimizer.step()
         return Result(1.0, 10.0)
 
     monkeypatch.setattr(loop, "train_epoch", epoch)
@@ -224,8 +226,8 @@ def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monk
     """The training figures were still finite; the test shows it."""
     from training import loop
 
-    def last_step(net, *_):
-        next(net.parameters()).data.fill_(torch.nan)
+    def last_step(step, *_):
+        next(step.net.parameters()).data.fill_(torch.nan)
         return loop.Result(1.0, 50.0)
 
     monkeypatch.setattr(loop, "train_epoch", last_step)

@@ -18,7 +18,7 @@ from training.images import Split
 if TYPE_CHECKING:
     import albumentations as A
 
-ORDER, AUGMENTATION = 0, 1  # what a random stream is for
+ORDER, AUGMENTATION, WHOLE_BATCHES = 0, 1, 2  # what a random stream is for
 
 
 def random_stream(seed: int, purpose: int, epoch: int, image: int = 0) -> np.random.Generator:
@@ -51,7 +51,8 @@ class BatchDataset(Dataset):
         for position, index in enumerate(indices.tolist()):
             py_random.seed(self.seed << 64 | epoch << 32 | index)
             policy.set_random_state(random_stream(self.seed, AUGMENTATION, epoch, index), py_random)
-            batch[position] = policy(image=images[index])["image"]
+            image = policy(image=images[index])["image"]
+            batch[position] = image.permute(1, 2, 0) if isinstance(image, Tensor) else image  # ToTensorV2 was in the policy
         return torch.from_numpy(batch).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from config import UserError
 from training.faults import Diverged
+
+if TYPE_CHECKING:
+    from training.capture import CapturedStep
 
 BatchStream = Iterable[tuple[Tensor, Tensor]]
 
@@ -40,10 +43,15 @@ class Figures:
         self.copied_images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count one batch: its mean loss, its logits N x classes and its labels N."""
+        """Add one batch to the sums: its mean loss, its logits N x classes and its labels N. `images` is counted by the
+        caller, because this may be replayed on the device without coming through here."""
         right = (logits.detach().argmax(1) == labels).sum()
         self.sums += torch.stack((loss.detach().float() * len(labels), right.float()))
-        self.images += len(labels)
+
+    def reset(self) -> None:
+        """Begin again, in the same memory."""
+        self.sums.zero_()
+        self.images, self.copied = 0, None
 
     def result(self) -> Result:
         """The figures so far. Waits for the device."""
@@ -66,21 +74,34 @@ class Figures:
         return Result(loss=sums[0].item() / images, accuracy=100 * sums[1].item() / images)
 
 
-def train_epoch(net: nn.Module, optimizer: torch.optim.Optimizer, batches: BatchStream, device: torch.device,
-                label_smoothing: float, bar: tqdm) -> Result:
-    """One step of `optimizer` for each batch (images float32 N x 3 x H x W, labels int64 N). Returns the figures of the
-    epoch as it went, with the network in training mode. Raises Diverged when the loss is not finite."""
-    net.train()
-    figures, autocast, shown = Figures(device), _autocast(device), time.monotonic()
-    for images, labels in batches:
-        images, labels = _move(images, labels, device)
-        with autocast:
-            logits = net(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad()
+class TrainStep:
+    """Called with images float32 N x 3 x H x W and labels int64 N on the device: one step of the optimizer, and the batch
+    added to the figures. It waits for nothing."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
+                 label_smoothing: float) -> None:
+        self.net, self.optimizer, self.device, self.label_smoothing = net, optimizer, device, label_smoothing
+        self.figures, self.autocast = Figures(device), _autocast(device)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        with self.autocast:
+            logits = self.net(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        figures.add(loss, logits, labels)
+        self.optimizer.step()
+        self.figures.add(loss, logits, labels)
+
+
+def train_epoch(step: "TrainStep | CapturedStep", batches: BatchStream, bar: tqdm) -> Result:
+    """One step for each batch (images float32 N x 3 x H x W, labels int64 N). Returns the figures of the epoch as it went,
+    with the network in training mode. Raises Diverged when the loss is not finite."""
+    step.net.train()
+    figures, shown = step.figures, time.monotonic()
+    figures.reset()
+    for images, labels in batches:
+        step(*_move(images, labels, step.device))
+        figures.images += len(labels)
         bar.update(len(labels))
         if time.monotonic() - shown > 1:
             shown = time.monotonic()
@@ -100,6 +121,7 @@ def test(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
             logits = net(images)
             loss = F.cross_entropy(logits, labels)
         figures.add(loss, logits, labels)
+        figures.images += len(labels)
     return _finite(figures.result())
 
 
@@ -110,9 +132,10 @@ def _move(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor,
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 on GPUs that have it in hardware."""
+    """bfloat16 on GPUs that have it in hardware. Nothing is cached: each weight is used once in a pass, and a cache would
+    outlive a capture."""
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=fast, cache_enabled=False)
 
 
 def _show(result: Result | None, bar: tqdm) -> None:

@@ -1,0 +1,307 @@
+"""The steps of an A.Compose on many images at once, in torch, on any device.
+
+The policy has one definition, the Compose; its transforms' own parameters are read here. Every step has two halves:
+`sample` turns uniform random numbers into the parameters of N images, and calling the step applies such parameters. The
+pixels are Albumentations' own, bit for bit where OpenCV interpolates in fixed point, as its x86-64 builds do.
+
+Between the steps an image is H x W int64, a pixel's three channels packed 20 bits apart. A weighted sum of pixels with
+weights that add up to 1024 then treats all three at once, and no channel carries into the next: 255 * 1024 < 2**20.
+"""
+
+from typing import Any, Protocol
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from albumentations.pytorch import ToTensorV2
+from torch import Tensor
+
+BORDERS = (cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101)
+SHIFTS = (0, 20, 40)  # bits, of the three channels
+
+
+class Unsupported(ValueError):
+    """A transform that can't be run on whole batches; the message is its name, and what about it."""
+
+
+# ---------------------------------------------------------------- packed images
+
+def pack(images: Tensor) -> Tensor:
+    """uint8 N x H x W x 3 to int64 N x H x W."""
+    red, green, blue = images.long().unbind(-1)
+    return red | green << SHIFTS[1] | blue << SHIFTS[2]
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """int64 N x H x W to int32 N x H x W x 3, 0 to 255."""
+    return torch.stack([(packed >> shift).int() & 255 for shift in SHIFTS], dim=-1)
+
+
+def packed_fill(fill: float | tuple[float, ...]) -> int:
+    """One or three values, 0 to 255, as a packed pixel; fractions are cut, as a cast to uint8 does."""
+    channels = np.broadcast_to(np.asarray(fill), 3).astype(np.uint8).tolist()
+    return sum(channel << shift for channel, shift in zip(channels, SHIFTS, strict=True))
+
+
+def pixels_at(packed: Tensor, ys: list[Tensor], xs: list[Tensor], border: int, fill: int) -> list[list[Tensor]]:
+    """The pixels of N x H x W at each pair of whole coordinates: result[i][j] those at ys[i], xs[j], which are int32,
+    broadcast to N x h x w and may lie outside."""
+    count, height, width = packed.shape
+    first = torch.arange(count, device=packed.device, dtype=torch.int32)[:, None, None] * (height * width)
+    rows = [(y, _inside(y, height, border) * width + first) for y in ys]
+    columns = [(x, _inside(x, width, border)) for x in xs]
+
+    def found(y: Tensor, row: Tensor, x: Tensor, column: Tensor) -> Tensor:
+        places = row + column
+        pixels = packed.view(-1).index_select(0, places.view(-1)).view(places.shape)
+        if border == cv2.BORDER_CONSTANT:
+            pixels = torch.where((y >= 0) & (y < height) & (x >= 0) & (x < width), pixels, fill)
+        return pixels
+
+    return [[found(*row, *column) for column in columns] for row in rows]
+
+
+def _inside(index: Tensor, size: int, border: int) -> Tensor:
+    """The index inside 0 to size - 1 that the border mode has for one outside; any, where the border is constant."""
+    if border == cv2.BORDER_CONSTANT:
+        return index.clamp(0, size - 1)
+    if border == cv2.BORDER_REFLECT_101:  # the edge pixel is not repeated: 2 1 | 0 1 2 | 1 0
+        return index.remainder(max(2 * size - 2, 1)).sub_(size - 1).abs_().neg_().add_(size - 1)
+    index = index.remainder(2 * size)     # it is: 1 0 | 0 1 2 | 2 1
+    return torch.minimum(index, 2 * size - 1 - index)
+
+
+def grid(height: int, width: int, device: torch.device, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
+    """The coordinates y, 1 x height x 1, and x, 1 x 1 x width, of all pixels."""
+    return (torch.arange(height, dtype=dtype, device=device)[None, :, None],
+            torch.arange(width, dtype=dtype, device=device)[None, None, :])
+
+
+# ---------------------------------------------------------------- the steps
+
+class Step(Protocol):
+    """A transform on whole batches. `draws`: the uniform random numbers that an image needs; `height` and `width`: of the
+    images that come out. What `sample` makes of N x draws of those numbers has N in front, and is each step's own."""
+
+    draws: int
+    height: int
+    width: int
+
+    def __init__(self, transform: Any, height: int, width: int) -> None:
+        """For images of this height and width. Raises Unsupported."""
+
+    def sample(self, uniform: Tensor, /) -> Tensor:
+        """The parameters of N images."""
+
+    def __call__(self, packed: Tensor, parameters: Tensor, /) -> Tensor:
+        """Packed images, changed as their parameters say."""
+
+
+class HorizontalFlip:
+    """Parameters: N bool."""
+
+    draws = 1
+
+    def __init__(self, transform: A.HorizontalFlip, height: int, width: int) -> None:
+        self.p, self.height, self.width = transform.p, height, width
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        return uniform[:, 0] < self.p
+
+    def __call__(self, packed: Tensor, flipped: Tensor) -> Tensor:
+        return torch.where(flipped[:, None, None], packed.flip(2), packed)
+
+
+class Affine:
+    """Shift, shear, rotation and scaling about the centre. Parameters: N x 2 x 3 float, the matrix from the old pixel
+    coordinates (x, y, 1) to the new ones."""
+
+    draws = 8
+
+    def __init__(self, transform: A.Affine, height: int, width: int) -> None:
+        _only(transform, interpolation=(cv2.INTER_LINEAR,), fit_output=(False,), balanced_scale=(False,),
+              border_mode=BORDERS)
+        self.transform, self.height, self.width = transform, height, width
+        self.border, self.fill = transform.border_mode, packed_fill(np.rint(transform.fill))
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        applied, *draws = uniform.unbind(1)
+        t = self.transform
+        scale_x = _between(draws[0], t.scale["x"])
+        scale_y = scale_x if t.keep_ratio else _between(draws[1], t.scale["y"])
+        angle = _between(draws[2], t.rotate).deg2rad()
+        shear_x, shear_y = (-_between(draw, t.shear[axis]).deg2rad() for draw, axis in zip(draws[3:5], "xy", strict=True))
+        shift_x, shift_y = self._shift(draws[5], "x", self.width), self._shift(draws[6], "y", self.height)
+        cos, sin, tan_x, tan_y = angle.cos(), angle.sin(), shear_x.tan(), shear_y.tan()
+        a, b = (cos - tan_x * sin) * scale_x, (sin + tan_x * cos) * scale_y
+        c, d = (tan_y * cos - sin) * scale_x, (tan_y * sin + cos) * scale_y
+        x, y = (self.width - 1) / 2, (self.height - 1) / 2
+        matrices = torch.stack([a, b, x + shift_x - a * x - b * y, c, d, y + shift_y - c * x - d * y], dim=1).view(-1, 2, 3)
+        identity = torch.eye(2, 3, dtype=matrices.dtype, device=matrices.device)
+        return torch.where((applied < t.p)[:, None, None], matrices, identity)
+
+    def _shift(self, uniform: Tensor, axis: str, size: int) -> Tensor:
+        """Whole pixels: fractions are cut, so that a shift by percent favours 0."""
+        if self.transform.translate_px is not None:
+            return _integer(uniform, *(int(limit) for limit in self.transform.translate_px[axis]))
+        return (_between(uniform, self.transform.translate_percent[axis]) * size).trunc()
+
+    def __call__(self, packed: Tensor, matrices: Tensor) -> Tensor:
+        """OpenCV's warpAffine: coordinates rounded to 1/1024 pixel in two parts, the sum to 1/32, and weights in whole
+        1024ths (imgwarp.cpp: AB_BITS 10, INTER_BITS 5)."""
+        (a, b, shift_x), (c, d, shift_y) = (row.unbind(1) for row in matrices[..., None, None].unbind(1))
+        determinant = a * d - b * c
+        row, column = grid(self.height, self.width, matrices.device, matrices.dtype)
+        x, right = _fixed_point(d / determinant, -b / determinant, (b * shift_y - d * shift_x) / determinant, column, row)
+        y, down = _fixed_point(-c / determinant, a / determinant, (c * shift_x - a * shift_y) / determinant, column, row)
+        (here, beside), (below, across) = pixels_at(packed, [y, y + 1], [x, x + 1], self.border, self.fill)
+        total = ((32 - down) * ((32 - right) * here + right * beside) + down * ((32 - right) * below + right * across))
+        half = sum(512 << shift for shift in SHIFTS)
+        return total.add_(half).bitwise_right_shift_(10).bitwise_and_(packed_fill(255))
+
+
+class PadIfNeeded:
+    """Parameters: none, N x 0."""
+
+    draws = 0
+
+    def __init__(self, transform: A.PadIfNeeded, height: int, width: int) -> None:
+        _only(transform, p=(1,), border_mode=BORDERS, position=("center", "top_left", "top_right", "bottom_left",
+                                                                "bottom_right"))
+        # Albumentations' own arithmetic: it draws nothing here
+        pads = transform.get_params_dependent_on_data({"shape": (height, width)}, {})
+        self.top, self.left = pads["pad_top"], pads["pad_left"]
+        self.height, self.width = height + self.top + pads["pad_bottom"], width + self.left + pads["pad_right"]
+        self.border, self.fill = transform.border_mode, packed_fill(np.rint(transform.fill))
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        return uniform[:, :0]
+
+    def __call__(self, packed: Tensor, _: Tensor) -> Tensor:
+        y, x = grid(self.height, self.width, packed.device)
+        return pixels_at(packed, [y - self.top], [x - self.left], self.border, self.fill)[0][0]
+
+
+class RandomCrop:
+    """Parameters: N x 2 int32, the top and left pixel."""
+
+    draws = 2
+
+    def __init__(self, transform: A.RandomCrop, height: int, width: int) -> None:
+        _only(transform, p=(1,), pad_if_needed=(False,))
+        self.height, self.width = transform.height, transform.width
+        self.places = (height - self.height + 1, width - self.width + 1)
+        if min(self.places) < 1:
+            raise Unsupported(f"RandomCrop to {self.height} x {self.width} from {height} x {width}")
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        return torch.stack([_integer(draw, 0, places - 1) for draw, places in zip(uniform.unbind(1), self.places, strict=True)],
+                           dim=1).int()
+
+    def __call__(self, packed: Tensor, corners: Tensor) -> Tensor:
+        y, x = grid(self.height, self.width, packed.device)
+        top, left = corners[:, :, None, None].unbind(1)
+        return pixels_at(packed, [y + top], [x + left], cv2.BORDER_REFLECT, 0)[0][0]
+
+
+class CoarseDropout:
+    """Parameters: N x holes x 4 int32, left, top, right, bottom; all 0 for a hole that is not there."""
+
+    def __init__(self, transform: A.CoarseDropout, height: int, width: int) -> None:
+        if isinstance(transform.fill, str):
+            raise Unsupported(f"CoarseDropout with fill={transform.fill!r}")
+        self.transform, self.height, self.width = transform, height, width
+        self.draws = 2 + 4 * transform.num_holes_range[1]
+        self.fill = packed_fill(transform.fill)
+
+    def sample(self, uniform: Tensor) -> Tensor:
+        t, holes = self.transform, []
+        applied, number = uniform[:, 0] < t.p, _integer(uniform[:, 1], *t.num_holes_range)
+        in_pixels = t.hole_height_range[1] >= 1  # as Albumentations tells the two: else both are fractions
+        for hole, draws in enumerate(uniform[:, 2:].view(len(uniform), -1, 4).unbind(1)):
+            height = self._side(draws[:, 0], t.hole_height_range, self.height, in_pixels)
+            width = self._side(draws[:, 1], t.hole_width_range, self.width, in_pixels)
+            top, left = (draws[:, 2] * (self.height - height + 1)).trunc(), (draws[:, 3] * (self.width - width + 1)).trunc()
+            there = applied & (number > hole)
+            holes.append((torch.stack([left, top, left + width, top + height], dim=1) * there[:, None]).int())
+        return torch.stack(holes, dim=1)
+
+    @staticmethod
+    def _side(uniform: Tensor, limits: tuple[float, float], size: int, in_pixels: bool) -> Tensor:
+        if in_pixels:
+            return _integer(uniform, int(limits[0]), int(min(limits[1], size)))
+        return (_between(uniform, limits) * size).trunc()
+
+    def __call__(self, packed: Tensor, holes: Tensor) -> Tensor:
+        y, x = grid(self.height, self.width, packed.device)
+        for hole in holes.unbind(1):
+            left, top, right, bottom = hole[:, :, None, None].unbind(1)
+            packed = torch.where((x >= left) & (x < right) & (y >= top) & (y < bottom), self.fill, packed)
+        return packed
+
+
+STEPS: dict[type, type[Step]] = {
+    A.HorizontalFlip: HorizontalFlip, A.Affine: Affine, A.ShiftScaleRotate: Affine, A.PadIfNeeded: PadIfNeeded,
+    A.RandomCrop: RandomCrop, A.CoarseDropout: CoarseDropout}
+
+
+def _only(transform: A.BasicTransform, **allowed: tuple) -> None:
+    """Raise Unsupported where a parameter of `transform` has another value than these."""
+    for name, values in allowed.items():
+        if getattr(transform, name) not in values:
+            raise Unsupported(f"{type(transform).__name__} with {name}={getattr(transform, name)!r}")
+
+
+def _between(uniform: Tensor, limits: tuple[float, float]) -> Tensor:
+    return limits[0] + (limits[1] - limits[0]) * uniform
+
+
+def _integer(uniform: Tensor, low: int, high: int) -> Tensor:
+    """low to high, both included, equally likely, as floats."""
+    return (low + (uniform * (high - low + 1)).trunc().clamp(max=high - low))
+
+
+def _fixed_point(in_x: Tensor, in_y: Tensor, constant: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """The coordinate in_x * column + in_y * row + constant, as whole pixels and 32nds of a pixel."""
+    parts = (in_x * column * 1024).round() + ((in_y * row + constant) * 1024).round()
+    position = (parts.int() + 16) >> 5
+    return position >> 5, position & 31
+
+
+# ---------------------------------------------------------------- the policy
+
+class DevicePolicy:
+    """An A.Compose that runs on whole batches. Raises Unsupported, naming the transform, if it can't."""
+
+    def __init__(self, policy: A.Compose, height: int, width: int, device: torch.device) -> None:
+        if policy.p != 1:
+            raise Unsupported(f"Compose with p={policy.p}")
+        transforms = list(policy.transforms)
+        if transforms and type(transforms[-1]) is ToTensorV2:
+            transforms.pop()
+        values = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)
+        if transforms and type(transforms[-1]) is A.Normalize:
+            _only(transforms[-1], p=(1,), normalization=("standard",))
+            values = transforms.pop().apply(values)
+        self.table = torch.from_numpy(values.astype(np.float32).reshape(-1)).to(device)  # of 256 values x 3 channels
+        self.steps: list[Step] = []
+        for transform in transforms:
+            if type(transform) not in STEPS:
+                raise Unsupported(type(transform).__name__)
+            self.steps.append(STEPS[type(transform)](transform, height, width))
+            height, width = self.steps[-1].height, self.steps[-1].width
+        self.draws = sum(step.draws for step in self.steps)
+
+    def sample(self, uniform: Tensor) -> list[Tensor]:
+        """The parameters of each step for N images, from N x draws random numbers in [0, 1)."""
+        each = uniform.split([step.draws for step in self.steps], dim=1)
+        return [step.sample(draws) for step, draws in zip(self.steps, each, strict=True)]
+
+    def __call__(self, images: Tensor, parameters: list[Tensor]) -> Tensor:
+        """uint8 N x H x W x 3 to float32 N x 3 x H x W in channels_last memory."""
+        packed = pack(images)
+        for step, values in zip(self.steps, parameters, strict=True):
+            packed = step(packed, values)
+        places = unpack(packed) * 3 + torch.arange(3, dtype=torch.int32, device=packed.device)
+        return self.table.index_select(0, places.view(-1)).view(places.shape).permute(0, 3, 1, 2)
