@@ -1,15 +1,8 @@
-"""Train the network on CIFAR-10 and write what happened to logs/.
+"""The command line, and the story of a run told in order: its parts, its records, its epochs, its final files.
 
-    python main.py                              the baseline: 80 epochs with the settings of config.py
-    python main.py --epochs 8 --lr 0.05         every setting is a flag of the same name
-    python main.py --data-dir ~/data            where cifar-10-batches-py is, or shall be downloaded to
-    python main.py --dataset folder --data-dir pictures     your own: pictures/train/<class>/*, pictures/test/<class>/*
-    python main.py --resume                     go on with the newest unfinished run
-
-Read logs/model_accuracy.log, an aligned row an epoch, and logs/torch_summary.log, the network layer by layer.
+    python main.py            trains; python main.py --help lists every setting and the other commands
 """
 
-import argparse
 import contextlib
 import dataclasses
 import math
@@ -17,9 +10,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from config import RECIPES, Config, UserError
+from config import Config, UserError
+from training.commands import parse, parse_compare, parse_sweep
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
     import albumentations as A
@@ -33,6 +27,7 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --he
     from training.loop import TrainStep
     from training.records import Log
 
+REFERENCE = Path(__file__).parent / "logs" / "reference"
 DEMONSTRATION_EPOCHS = 5
 BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # fits into 80 columns
 BANNER = """
@@ -45,47 +40,19 @@ BANNER = """
 
 # ---------------------------------------------------------------- the command line
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (python main.py --help lists all settings)")
-
-
-def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
-    """The settings that the command line gives, recipe included, and the run to resume ("" for the newest, None for
-    none). Raises UserError."""
-    parser = Parser(prog="python main.py", description=__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=RECIPES, default="baseline", help="a named set of settings; flags override it")
-    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
-                        help="go on with an unfinished run, the newest if none is named")
-    for field in dataclasses.fields(Config):
-        flag = "--" + field.name.replace("_", "-")
-        meaning = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        if field.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=meaning)
-        else:
-            parser.add_argument(flag, type=field.type, default=argparse.SUPPRESS, metavar="VALUE", help=meaning)
-    given = vars(parser.parse_args(arguments))
-    resume = given.pop("resume")
-    return RECIPES[given.pop("recipe")] | given, resume
-
-
 def main(arguments: list[str]) -> int:
     """Run the program; returns its exit status. Errors that a person can put right end in one line on stderr."""
     try:
-        given, resume = parse(arguments)
-        config = Config(**given) if resume is None else None  # a resumed run's settings are judged with its others
-        from training.checkpoint import take_up  # torch loads here, too slow for --help
-        from training.faults import Stopped, stopping_on_signals
+        from training.faults import Stopped
         try:
-            with stopping_on_signals():
-                if config:
-                    train(config)
-                else:
-                    resumed = take_up(resume or "", given)
-                    train(resumed.config, resumed)
+            if arguments[:1] == ["compare"]:
+                from training.comparison import compare
+
+                compare(*parse_compare(arguments[1:]), REFERENCE)
+            elif arguments[:1] == ["sweep"]:
+                sweep(parse_sweep(arguments[1:]))
+            else:
+                train_or_resume(*parse(arguments))
         except Stopped as stop:
             return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
     except (UserError, OSError) as error:  # an OSError that nobody foresaw is still the machine's, and names its file
@@ -99,6 +66,52 @@ def _complain(line: str, error: BaseException, status: int) -> int:
     """Print `line` and the notes on `error` as one line on stderr; returns `status`."""
     print(" ".join(("; ".join([line, *getattr(error, "__notes__", [])])).split()), file=sys.stderr)
     return status
+
+
+def train_or_resume(given: dict[str, Any], resume: str | None) -> None:
+    """`python main.py`: a new run with the settings `given`, or the run to resume, "" being the newest."""
+    config = Config(**given) if resume is None else None  # a resumed run's settings are judged with its others
+    from training.checkpoint import take_up  # torch loads here, too slow for --help
+    from training.faults import stopping_on_signals
+
+    with stopping_on_signals():
+        if config:
+            train(config)
+        else:
+            resumed = take_up(resume or "", given)
+            train(resumed.config, resumed)
+
+
+def sweep(configs: list[Config]) -> None:
+    """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
+    from training.checkpoint import take_up
+    from training.comparison import compare, settings
+    from training.faults import Diverged, stopping_on_signals
+    from training.images import load
+    from training.sweep import made
+
+    with stopping_on_signals():
+        images = load(configs[0].dataset, configs[0].data_dir)
+        for number, config in enumerate(configs, 1):
+            settled = demonstration(config) if config.dataset == "auto" and images.kind == "synthetic" else config
+            folder = made(settled, images.hold_out(config.validation).fingerprint())
+            changed = {name: value for name, value in settings(vars(config)).items() if value != getattr(Config, name)}
+            print(f"\nRun {number} of {len(configs)}: " + "".join(f"{name} {value}, " for name, value in changed.items())
+                  + f"seed {config.seed}", flush=True)
+            try:
+                if folder and (folder / "summary.json").exists():
+                    print(f"is finished: {folder.name}")
+                elif folder:
+                    resumed = take_up(str(folder), {})
+                    train(resumed.config, resumed)
+                else:
+                    train(config)
+            except Diverged as end:
+                print(f"ended early: {end}")
+            except BaseException as end:
+                end.add_note("or repeat the sweep, which skips what is finished")
+                raise
+    compare(configs[0].log_dir, [], REFERENCE)
 
 
 # ---------------------------------------------------------------- a run
@@ -165,7 +178,7 @@ def build(config: Config) -> Parts:
     images = load(config.dataset, config.data_dir)
     if config.dataset == "auto" and images.kind == "synthetic":
         print(BANNER)
-        config = dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
+        config = demonstration(config)
     config = dataclasses.replace(config, dataset=images.kind, threads=config.threads or cores())
     images = images.hold_out(config.validation)
     mean, deviation = images.statistics()
@@ -181,6 +194,11 @@ def build(config: Config) -> Parts:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
     return Parts(config, images, mean, deviation, policies, device, net, optimizer, scheduler,
                  make_step(net, optimizer, device, config))
+
+
+def demonstration(config: Config) -> Config:
+    """A config that was meant for CIFAR-10, where there is none: a few epochs show how the program works."""
+    return dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
 
 
 def cores() -> int:

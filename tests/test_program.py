@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import main
 from config import Config
 from model import Net
+from training import commands
 from training.records import find_runs, read_log, read_run
 
 # the learning rates that the design fixes, by epoch
@@ -218,8 +219,9 @@ def test_help_tells_every_setting_with_its_default_and_needs_no_torch():
 
 
 def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
-    monkeypatch.setitem(main.RECIPES, "quick", {"epochs": 20, "lr": 0.1})
-    assert main.parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"]) == ({"epochs": 20, "lr": 0.2, "nesterov": True}, None)
+    monkeypatch.setitem(commands.RECIPES, "quick", {"epochs": 20, "lr": 0.1})
+    given, _ = commands.parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"])
+    assert given == {"epochs": 20, "lr": 0.2, "nesterov": True}
 
 
 def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monkeypatch):

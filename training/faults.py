@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-import torch
-
 from config import UserError
 
 MORE_MEMORY = "free some that other programs hold, or start a new run with a smaller --batch-size"
@@ -45,6 +43,8 @@ def stopping_on_signals() -> Iterator[None]:
 @contextmanager
 def named_faults() -> Iterator[None]:
     """A killed worker and memory that ran out raise UserError in here; bugs pass as they are."""
+    import torch  # here, because what needs no torch imports this file too
+
     try:
         yield
     except torch.OutOfMemoryError as error:

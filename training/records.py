@@ -211,8 +211,13 @@ def read_run(folder: Path) -> Run:
     """The one reader of a run's folder. Raises UserError naming the file that is missing or damaged."""
     comments, rows = read_log(folder / ACCURACY_LOG)
     finished = (folder / SUMMARY).exists()
-    return Run(folder, _read_json(folder / CONFIG), comments, rows,
+    return Run(folder, read_record(folder), comments, rows,
                _read_json(folder / SUMMARY) if finished else None)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's config.json. Raises UserError when it is missing or damaged."""
+    return _read_json(folder / CONFIG)
 
 
 def read_log(path: Path) -> tuple[list[str], list[Row]]:
