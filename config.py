@@ -44,8 +44,8 @@ class Config:
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     affine_p: float = setting(0.5, "probability of a shift, scaling and rotation, border reflected", low=0, high=1)
-    shift: float = setting(0.09375, "limit of the shift, as a fraction of the image's side; the shift itself is whole pixels, "
-                           "rounded towards zero: below 3 of 32, so at most 2", low=0, high=1)
+    shift: float = setting(0.0625, "limit of the shift, as a fraction of the image's side; the shift itself is whole pixels, "
+                           "rounded towards zero: of 2 pixels, at most 1", low=0, high=1)
     scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)

@@ -20,11 +20,10 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --he
     import torch
 
     from training.batches import Batches
-    from training.capture import CapturedStep
     from training.checkpoint import Checkpoints, Resumed
     from training.device_batches import DeviceBatches
     from training.images import Images
-    from training.loop import TrainStep
+    from training.loop import Step
     from training.records import Log
 
 REFERENCE = Path(__file__).parent / "logs" / "reference"
@@ -149,7 +148,7 @@ class Parts:
     net: "torch.nn.Module"
     optimizer: "torch.optim.SGD"
     scheduler: "torch.optim.lr_scheduler.CosineAnnealingLR"
-    step: "TrainStep | CapturedStep"
+    step: "Step"
 
     def state(self) -> dict[str, Any]:
         """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
@@ -160,6 +159,8 @@ class Parts:
         """Set what training changes. Raises RuntimeError or ValueError where `state` is another network's."""
         for name in ("net", "optimizer", "scheduler"):
             getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:  # what the device at hand is best at, not the one of before
+            group["fused"] = self.device.type == "cuda"
 
 
 def build(config: Config) -> Parts:

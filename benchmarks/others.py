@@ -2,148 +2,154 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-WARM_UP = 10  # steps before the clock starts
+import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from config import Config
+from model import Net
+from training.augment import test_policy, train_policy
+from training.images import Images, load
+from training.loop import find_device
+
+WARM_UP = 10  # steps before the clock starts, on a CPU; on a GPU a whole epoch
 Measured = dict[str, float]  # "train" and "test" in images per second, "first" step in seconds, "memory" of a GPU in bytes
+Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 
 
-def timed(step: Callable, batches, steps: int, device, size: int = 128) -> Measured:
-    """Images per second over `steps` batches of `size` after a warm-up, and the seconds of the first step."""
-    import torch
+def timed(run: Callable[[Batches], object], make: Callable[[], Batches], steps: int, device: torch.device) -> Measured:
+    """Images per second of `run`, which works through batches, on those that `make` gives: on a GPU a whole pass, with all
+    that comes once in it, after another as warm-up; on a CPU `steps` batches. And the seconds of the first."""
+    seen, batches, begun = 0, iter(make()), time.perf_counter()
+
+    def counted(batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        nonlocal seen
+        for images, labels in batches:
+            seen += len(images)
+            yield images, labels
 
     def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    batches, begun = iter(batches), time.perf_counter()
-    step(*next(batches))
+    run(islice(batches, 1))
     wait()
     first = time.perf_counter() - begun
-    for batch in islice(batches, WARM_UP - 1):
-        step(*batch)
+    run(batches if device.type == "cuda" else islice(batches, WARM_UP - 1))
     wait()
-    started, seen = time.perf_counter(), 0
-    for batch in islice(batches, steps):
-        step(*batch)
-        seen += len(batch[0])
+    started = time.perf_counter()
+    run(counted(make() if device.type == "cuda" else islice(batches, steps)))
     wait()
     return {"train": seen / (time.perf_counter() - started), "first": first}
 
 
-def usual_script(arguments: argparse.Namespace, workers: int) -> Measured:
+class OneByOne(Dataset):
+    """One PIL image at a time, as most scripts have it."""
+
+    def __init__(self, split, policy) -> None:
+        import albumentations as A
+        from albumentations.pytorch import ToTensorV2
+
+        self.split, self.policy = split, A.Compose([*policy, ToTensorV2()])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        import numpy as np
+        from PIL import Image
+
+        picture = Image.fromarray(self.split.images[index])
+        return self.policy(image=np.array(picture))["image"], int(self.split.labels[index])
+
+
+def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> Measured:
     """The script most people write."""
-    import albumentations as A
-    import numpy as np
-    import torch
-    from albumentations.pytorch import ToTensorV2
-    from PIL import Image
-    from torch.utils.data import DataLoader, Dataset
-
-    import main
-    from config import Config
-    from model import Net
-    from training.augment import test_policy, train_policy
-    from training.images import load
-
-    config, images = Config(), load("cifar10", arguments.data_dir)
-
-    class OneByOne(Dataset):
-        def __init__(self, split, policy):
-            self.split, self.policy = split, A.Compose([*policy, ToTensorV2()])
-
-        def __len__(self):
-            return len(self.split)
-
-        def __getitem__(self, index):
-            picture = Image.fromarray(self.split.images[index])
-            return self.policy(image=np.array(picture))["image"], int(self.split.labels[index])
-
-    device = torch.device(arguments.device)
-    torch.set_num_threads(main.cores())
+    config, images, device = Config(), load("cifar10", arguments.data_dir), find_device(arguments.device)
+    mean_and_deviation = images.statistics()
+    loaders = [DataLoader(OneByOne(split, policy), config.batch_size, shuffle=True, num_workers=workers) for split, policy in (
+        (images.train, train_policy(config, *mean_and_deviation)), (images.test, test_policy(*mean_and_deviation)))]
+    torch.set_num_threads(threads)
     net = Net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
     criterion = torch.nn.CrossEntropyLoss()
-    correct, loss_sum = 0, 0.0
 
-    def train(inputs, labels):
-        nonlocal correct, loss_sum
-        inputs, labels = inputs.to(device), labels.to(device)
-        optimizer.zero_grad()
-        outputs = net(inputs)
-        loss = criterion(outputs, labels)
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.item()
-        correct += outputs.argmax(1).eq(labels).sum().item()
+    def train(batches: Batches) -> None:
+        net.train()
+        correct, loss_sum = 0, 0.0
+        for inputs, labels in batches:
+            inputs, labels = inputs.to(device), labels.to(device)
+            optimizer.zero_grad()
+            outputs = net(inputs)
+            loss = criterion(outputs, labels)
+            loss.backward()
+            optimizer.step()
+            loss_sum += loss.item()
+            correct += outputs.argmax(1).eq(labels).sum().item()
 
-    def test(inputs, labels):
-        nonlocal correct
-        with torch.no_grad():
-            correct += net(inputs.to(device)).argmax(1).eq(labels.to(device)).sum().item()
+    def test(batches: Batches) -> None:
+        net.eval()
+        correct = 0
+        for inputs, labels in batches:
+            with torch.no_grad():
+                correct += net(inputs.to(device)).argmax(1).eq(labels.to(device)).sum().item()
 
-    statistics_of = images.statistics()
-    loaders = [DataLoader(OneByOne(split, policy), config.batch_size, shuffle=True, num_workers=workers) for split, policy in (
-        (images.train, train_policy(config, *statistics_of)), (images.test, test_policy(*statistics_of)))]
-    net.train()
-    measured = timed(train, loaders[0], arguments.steps, device)
-    net.eval()
-    return measured | {"test": timed(test, loaders[1], arguments.steps // 2, device)["train"]}
+    measured = timed(train, lambda: loaders[0], arguments.steps, device)
+    return measured | {"test": timed(test, lambda: loaders[1], arguments.steps // 2, device)["train"]}
 
 
 def fast_public_style(arguments: argparse.Namespace) -> Measured:
     """The same network in a loop in the style of the fastest public CIFAR-10 code; CUDA only."""
-    import torch
-    from torch.nn import functional as F
+    config, images, device = Config(), load("cifar10", arguments.data_dir), find_device(arguments.device)
+    train_images, test_images = (_normalized(split.images, images, device) for split in (images.train, images.test))
+    labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (images.train, images.test))
+    plain = Net().to(device).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,
+                                fused=True)
+    net: torch.nn.Module = torch.compile(plain, mode="max-autotune")  # type: ignore[assignment]
 
-    import main
-    from config import Config
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(labels), device=device)
+        augmented = _flipped_and_moved(train_images)
+        for start in range(0, len(order) - 127, 128):  # the short last batch is dropped, as there
+            indices = order[start:start + 128]
+            yield augmented[indices], labels[indices]
 
-    parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device))
-    device = parts.device
-    mean, deviation = (torch.tensor(values, device=device)[:, None, None] for values in (parts.mean, parts.deviation))
+    def train(batches: Batches) -> None:
+        net.train()
+        for inputs, targets in batches:
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = F.cross_entropy(net(inputs), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
 
-    def normalized(images):
-        pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2) / 255
-        return ((pixels - mean) / deviation).bfloat16().contiguous(memory_format=torch.channels_last)
-
-    train, test = normalized(parts.images.train.images), normalized(parts.images.test.images)
-    labels = torch.from_numpy(parts.images.train.labels).to(device)
-    net: torch.nn.Module = torch.compile(parts.net, mode="max-autotune")  # type: ignore[assignment]
-
-    def augmented():
-        """The epoch flipped and moved by up to two pixels, in a new order."""
-        count = len(train)
-        padded = F.pad(train, (2, 2, 2, 2), "reflect")
-        y, x = (torch.randint(0, 5, (count, 1), device=device) + torch.arange(32, device=device) for _ in range(2))
-        image = torch.arange(count, device=device)[:, None, None, None]
-        channel = torch.arange(3, device=device)[:, None, None]
-        moved = padded[image, channel, y[:, None, :, None], x[:, None, None, :]]
-        flipped = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, moved.flip(3), moved)
-        return flipped.contiguous(memory_format=torch.channels_last)
-
-    def batches():
-        while True:
-            images, order = augmented(), torch.randperm(len(train), device=device)
-            for start in range(0, len(order) - 127, 128):
-                indices = order[start:start + 128]
-                yield images[indices], labels[indices]
-
-    def step(images, targets):
-        with torch.autocast("cuda", torch.bfloat16):
-            loss = F.cross_entropy(net(images), targets)
-        parts.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parts.optimizer.step()
-
-    net.train()
-    measured = timed(step, batches(), arguments.steps, device)
-    net.eval()
-
-    def predict(images, _):
+    def test(batches: Batches) -> None:
+        net.eval()
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            net(images).argmax(1)
+            sum((net(inputs).argmax(1) == targets).sum() for inputs, targets in batches)
 
-    tests = ((part, None) for _ in range(100) for part in test.split(2000))
-    return measured | {"test": timed(predict, tests, 20, device, size=2000)["train"]}
+    measured = timed(train, batches, arguments.steps, device)
+    parts = list(zip(test_images.split(2000), test_labels.split(2000), strict=True))
+    return measured | {"test": timed(test, lambda: parts, arguments.steps, device)["train"]}
+
+
+def _normalized(pixels, images: Images, device: torch.device) -> torch.Tensor:
+    mean, deviation = (torch.tensor(values, device=device)[:, None, None] for values in images.statistics())
+    scaled = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 255
+    return ((scaled - mean) / deviation).bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def _flipped_and_moved(images: torch.Tensor) -> torch.Tensor:
+    """A whole epoch flipped and moved by up to two pixels."""
+    count, device = len(images), images.device
+    padded = F.pad(images, (2, 2, 2, 2), "reflect")
+    y, x = (torch.randint(0, 5, (count, 1), device=device) + torch.arange(32, device=device) for _ in range(2))
+    image = torch.arange(count, device=device)[:, None, None, None]
+    channel = torch.arange(3, device=device)[:, None, None]
+    moved = padded[image, channel, y[:, None, :, None], x[:, None, None, :]]
+    flipped = torch.where(torch.rand(count, 1, 1, 1, device=device) < 0.5, moved.flip(3), moved)
+    return flipped.contiguous(memory_format=torch.channels_last)

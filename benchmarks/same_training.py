@@ -35,6 +35,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1, help="length of the schedule (default: 1; the baseline has 80)")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error("a spread needs at least 2 seeds")
     workers, device = ([trained(arguments, batches, seed) for seed in range(arguments.seeds)]
                        for batches in ("workers", "device"))
     lines = [f"Batches by workers and on the device, {device[0].record['machine']['device']}, a schedule of {arguments.epochs} "

@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.others import WARM_UP, Measured, fast_public_style, timed, usual_script
 
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # or it asks the network at import
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
 
@@ -36,27 +35,19 @@ EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
 def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
     """main.py's own parts."""
     import torch
+    from tqdm import tqdm
 
     import main
     from config import Config
-    from training.loop import test
+    from training.loop import test, train_epoch
 
     parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings))  # type: ignore[arg-type]
-    with closing(main.make_batches(parts)) as batches:
-        parts.net.train()
-        measured = timed(parts.step, batches.shuffled("train", 0), arguments.steps, parts.device)
-        tests = batches.in_order("test")
-        test(parts.net, islice(tests, 1), parts.device)
-        started, seen = time.perf_counter(), 0
-
-        def counted():
-            nonlocal seen
-            for images, labels in islice(tests, arguments.steps):
-                seen += len(labels)
-                yield images, labels
-
-        test(parts.net, counted(), parts.device)
-        measured["test"] = seen / (time.perf_counter() - started)
+    epochs = iter(range(100))
+    with closing(main.make_batches(parts)) as batches, tqdm(disable=True) as bar:
+        measured = timed(lambda each: train_epoch(parts.step, each, bar), lambda: batches.shuffled("train", next(epochs)),
+                         arguments.steps, parts.device)
+        measured["test"] = timed(lambda each: test(parts.net, each, parts.device), lambda: batches.in_order("test"),
+                                 10, parts.device)["train"]
     if parts.device.type == "cuda":
         measured["memory"] = torch.cuda.max_memory_allocated()
     return measured
@@ -64,9 +55,11 @@ def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
 
 def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
     """The rows of the table; the first is what the ratios are to."""
+    import main as program
+
     usual = 8 if cuda else 2
     rows: dict[str, Callable[[argparse.Namespace], Measured]] = {
-        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual)}
+        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual, program.cores())}
     for workers in (2, 4, 8):
         rows[f"main.py, {workers} workers"] = lambda arguments, workers=workers: this_program(  # type: ignore[misc]
             arguments, batches="workers", workers=workers)
@@ -153,18 +146,21 @@ def profile(arguments: argparse.Namespace) -> tuple[str, int]:
     from config import Config
 
     parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device"))
-    batches, steps = iter(main.make_batches(parts).shuffled("train", 0)), 10
+    on_gpu = parts.device.type == "cuda"
+    steps = 100 if on_gpu else 10  # on a GPU with batches that are augmented many at once
+    batches = iter(main.make_batches(parts).shuffled("train", 0))
     parts.net.train()
     for batch in islice(batches, WARM_UP):
         parts.step(*batch)
-    on_gpu = parts.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profiler:
         for batch in islice(batches, steps):
             parts.step(*batch)
-    events = profiler.key_averages()
+    events = list(profiler.key_averages())
+    if on_gpu:  # the kernels themselves: operations contain them
+        events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
     times = {event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
-    kernels = sum(event.count for event in events if event.device_type.name == "CUDA")
+    kernels = sum(event.count for event in events)
     most = sorted(times.items(), key=lambda item: -item[1])[:12]
     text = "\n".join([f"Shares of a step's time, {machine(arguments.device)}, the device path, {steps} steps", "",
                       *(f"{100 * spent / sum(times.values()):5.1f} %  {name[:90]}" for name, spent in most)])
@@ -241,13 +237,13 @@ def table(found: dict[str, list[Measured]], arguments: argparse.Namespace) -> st
     """The rows with their medians; the times of an epoch and of 80 epochs with a test each are worked out from them."""
     usual = statistics.median(each["train"] for each in next(iter(found.values())))
     lines = [f"Training speed, {machine(arguments.device)}, batch 128, {arguments.repeats} interleaved measurements of "
-             f"{arguments.steps} steps", "",
-             f"{'':<29} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, min':>15}"]
+             + (f"{arguments.steps} steps" if arguments.device == "cpu" else "a whole epoch"), "",
+             f"{'':<29} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, s':>13}"]
     for path, values in found.items():
         train, test = (statistics.median(each[key] for each in values) for key in ("train", "test"))
         speeds = [each["train"] for each in values]
         lines.append(f"{path:<29} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual:7.2f} "
-                     f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / test) / 60:15.1f}")
+                     f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / test):13,.1f}")
     if arguments.device == "cuda":
         lines += ["", *(f"{path}: first step {statistics.median(each['first'] for each in values):.1f} s"
                         + (f", {values[0]['memory'] / 1e9:.2f} GB of the GPU" if "memory" in values[0] else "")

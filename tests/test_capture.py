@@ -65,12 +65,13 @@ def test_recording_changes_nothing(device, batches):
     step = parts(device)
     trained(step, step, batches, range(1))
     before, sums = copy.deepcopy(everything(step)), step.figures.sums.clone()
-    random_state = torch.get_rng_state()
+    random_states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]
     captured = CapturedStep(step)
     captured._record(*batches[0])
     assert all(torch.equal(one, other) for one, other in zip(before, everything(step), strict=True))
     assert torch.equal(sums, step.figures.sums)
-    assert torch.equal(random_state, torch.get_rng_state())
+    now = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if device.type == "cuda" else [])]
+    assert all(torch.equal(one, other) for one, other in zip(random_states, now, strict=True))
     assert step.optimizer.param_groups[0]["lr"] == 0.5
 
 
@@ -100,6 +101,34 @@ def test_where_recording_fails_the_plain_step_runs(device, batches, monkeypatch,
     if device.type == "cpu":
         assert expected == results
         assert all(torch.equal(one, other) for one, other in zip(everything(plain), everything(inner), strict=True))
+
+
+def test_a_warm_up_that_fails_changes_nothing(device, batches):
+    step = parts(device)
+    trained(step, step, batches, range(1))
+    before, calls = copy.deepcopy(everything(step)), iter(range(100))
+    step.net[0].register_forward_hook(lambda *_: 1 / 0 if next(calls) == 1 else None)
+    captured = CapturedStep(step)
+    with pytest.raises(ZeroDivisionError):
+        captured(*batches[0])
+    assert all(torch.equal(one, other) for one, other in zip(before, everything(step), strict=True))
+    assert step.optimizer.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.gpu
+def test_a_network_that_reads_from_the_gpu_runs_uncaptured(capsys):
+    device = torch.device("cuda")
+    step = parts(device)
+    step.net[0].register_forward_hook(lambda layer, inputs, output: output * output.sum().item())
+    captured = CapturedStep(step)
+    batch = torch.randn(16, 3, 8, 8, device=device), torch.zeros(16, dtype=torch.long, device=device)
+    for _ in range(3):
+        captured(*batch)
+    assert not captured.possible
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.rand(4, device=device).isfinite().all()
+    out = capsys.readouterr()
+    assert (out.out + out.err).count("can't be captured") == 1
 
 
 def test_memory_that_runs_out_in_a_recording_is_not_taken_for_something_else(device, batches, monkeypatch):

@@ -79,6 +79,7 @@ def test_an_epoch_on_a_gpu_waits_for_nothing(captured):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
     step = make_step(net, optimizer, device, Config(capture=captured, batches="device"))
     net.train()
+    torch.cuda.reset_peak_memory_stats()
     for images, labels in batches.shuffled("train", 0):  # kernels are chosen, and graphs recorded
         step(images, labels)
     torch.cuda.set_sync_debug_mode("error")
@@ -88,11 +89,16 @@ def test_an_epoch_on_a_gpu_waits_for_nothing(captured):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert step.figures.sums.isfinite().all()
+    if captured:
+        assert step.possible
+        assert len(step.recorded) == 2
     assert torch.cuda.max_memory_allocated() < 2e9
 
 
 def test_a_captured_run_learns_as_an_eager_one(run, tmp_path):
     for flag in ("--capture", "--no-capture"):
-        assert run("--device", "cuda", "--epochs", "6", "--lr", "0.05", flag)[0] == 0
+        status, out, err = run("--device", "cuda", "--epochs", "6", "--lr", "0.05", flag)
+        assert status == 0
+        assert "captured (" not in out + err
     eager, captured = (read_run(folder).rows[-1]["train_loss"] for folder in find_runs(tmp_path / "logs"))
     assert captured == pytest.approx(eager, abs=0.2)

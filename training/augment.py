@@ -15,8 +15,8 @@ def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float
     channel's, as fractions of 255. A step whose probability is 0 is left out.
 
     `Affine` is what Albumentations 2 recommends in place of the deprecated ShiftScaleRotate, here with its ranges and
-    its border. It shifts by whole pixels, rounded towards zero. ShiftScaleRotate's 0.0625, which was up to two pixels of 32
-    in its days, would here be one at the most, so the default is 0.09375: -2, -1, 1, 2, and 0 twice as often.
+    its border. It shifts by whole pixels, rounded towards zero: 0.0625 of 32 pixels is one pixel at the most, where older
+    releases moved by up to two.
     """
     size = (config.coarse_dropout_size, config.coarse_dropout_size)
     steps = [

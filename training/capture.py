@@ -7,14 +7,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
-from training.loop import TrainStep
+from training.loop import Step, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
 
 
-def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
-              config: Config) -> "TrainStep | CapturedStep":
+def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config) -> Step:
     """A step of training, captured if the config wants it and the device can; a line says so if it can't."""
     step = TrainStep(net, optimizer, device, config.label_smoothing)
     if config.capture and device.type == "cuda" and config.batches == "device":
@@ -32,7 +31,9 @@ class CapturedStep:
         self.step, self.net, self.figures, self.device = step, step.net, step.figures, step.device
         self.recorded: dict[torch.Size, Recorded] = {}
         self.record = _graph if step.device.type == "cuda" else _eager_twin
-        self.lr, self.lr_now = torch.zeros((), device=step.device), 0.0
+        # What a recording reads in place of the floats in the optimizer, a rate for each group of parameters
+        self.rates = [torch.zeros((), device=step.device) for _ in step.optimizer.param_groups]
+        self.rates_now: list[float] = []
         self.possible = True
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -40,37 +41,52 @@ class CapturedStep:
             self._record(images, labels)
         if not self.possible:
             return self.step(images, labels)
-        if self.lr_now != (lr := self.step.optimizer.param_groups[0]["lr"]):
-            self.lr.fill_(lr)
-            self.lr_now = lr
+        self._set_rates()
         images_place, labels_place, replay = self.recorded[images.shape]
         images_place.copy_(images)
         labels_place.copy_(labels)
         replay()
 
     def _record(self, images: Tensor, labels: Tensor) -> None:
-        """Warm up, put everything back as it was, record. A recording reads the learning rate from `self.lr`."""
-        groups, inputs = self.step.optimizer.param_groups, (images.clone(), labels.clone())
-        rates = [group["lr"] for group in groups]
+        """Warm up, put everything back as it was, record."""
+        inputs = (images.clone(), labels.clone())
         before = {id(tensor): tensor.clone() for tensor in self._changing()}
+        self._set_rates()
         try:
-            for group in groups:
-                group["lr"] = self.lr
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                _warm_up(lambda: self.step(*inputs), self.device)
-            with torch.no_grad():
-                for tensor in self._changing():  # a momentum that was not there before is as good as zero
-                    tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
+            try:
+                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                    _warm_up(lambda: self._step(*inputs), self.device)
+            finally:
+                with torch.no_grad():
+                    for tensor in self._changing():  # a momentum that was not there before is as good as zero
+                        tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
             self.step.optimizer.zero_grad()
-            self.recorded[images.shape] = (*inputs, self.record(lambda: self.step(*inputs)))
+            self.recorded[images.shape] = (*inputs, self.record(lambda: self._step(*inputs)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self.possible = False
-            tqdm.write(f"This step can't be captured, so it runs uncaptured ({str(error).splitlines()[0]})")
-        finally:
-            for group, rate in zip(groups, rates, strict=True):
+            cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
+            tqdm.write(f"This step can't be captured, so it runs uncaptured ({cause.splitlines()[0]})")
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        """The step with its learning rates read from the device."""
+        groups = self.step.optimizer.param_groups
+        floats = [group["lr"] for group in groups]
+        try:
+            for group, rate in zip(groups, self.rates, strict=True):
                 group["lr"] = rate
+            self.step(images, labels)
+        finally:
+            for group, rate in zip(groups, floats, strict=True):
+                group["lr"] = rate
+
+    def _set_rates(self) -> None:
+        floats = [group["lr"] for group in self.step.optimizer.param_groups]
+        if floats != self.rates_now:
+            for tensor, rate in zip(self.rates, floats, strict=True):
+                tensor.fill_(rate)
+            self.rates_now = floats
 
     def _changing(self) -> Iterator[Tensor]:
         """Everything that a step changes."""
@@ -96,9 +112,15 @@ def _warm_up(run: Callable[[], object], device: torch.device) -> None:
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError:  # a capture that fails leaves its stream current, and the generator in its hands
+        torch.cuda.set_stream(stream)
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        raise
     return graph.replay
 
 

@@ -144,8 +144,9 @@ class Resumed:
         if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
             raise UserError(f"the images in {self.config.data_dir} are not those that run {self.folder.name} began with: "
                             "name the right folder with --data-dir")
-        now, then = ({"threads": each["config"]["threads"], "model.py": each["network"]["model_sha256"][:8],
-                      **each["machine"], **each["versions"]} for each in (record, before))
+        now, then = ({"threads": each["config"]["threads"], "batches": each["config"].get("batches", "workers"),
+                      "model.py": each["network"]["model_sha256"][:8], **each["machine"], **each["versions"]}
+                     for each in (record, before))
         changes = [f"{key} {then.get(key)} -> {now.get(key)}" for key in now if now[key] != then.get(key)]
         notes = [*before["notes"], *self.notes]
         if changes:
@@ -192,7 +193,8 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
 
 def _config_of(state: dict[str, Any], folder: Path) -> Config:
     try:
-        return Config(**(state["record"]["config"] | state["places"]))
+        earlier = {"batches": "workers"}  # before there was this setting, workers made them all
+        return Config(**(earlier | state["record"]["config"] | state["places"]))
     except (TypeError, KeyError, UserError) as error:
         raise UserError(f"run {folder.name} was made by another version of this program ({error}): "
                         "resume it with that one, or start it anew") from error

@@ -8,6 +8,7 @@ Between the steps an image is H x W int64, a pixel's three channels packed 20 bi
 weights that add up to 1024 then treats all three at once, and no channel carries into the next: 255 * 1024 < 2**20.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import albumentations as A
@@ -38,10 +39,9 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack([(packed >> shift).int() & 255 for shift in SHIFTS], dim=-1)
 
 
-def packed_fill(fill: float | tuple[float, ...]) -> int:
-    """One or three values, 0 to 255, as a packed pixel; fractions are cut, as a cast to uint8 does."""
-    channels = np.broadcast_to(np.asarray(fill), 3).astype(np.uint8).tolist()
-    return sum(channel << shift for channel, shift in zip(channels, SHIFTS, strict=True))
+def packed_pixel(channels: Sequence[int]) -> int:
+    """Three values below 2**20 as a packed pixel."""
+    return sum(int(channel) << shift for channel, shift in zip(channels, SHIFTS, strict=True))
 
 
 def pixels_at(packed: Tensor, ys: list[Tensor], xs: list[Tensor], border: int, fill: int) -> list[list[Tensor]]:
@@ -123,7 +123,7 @@ class Affine:
         _only(transform, interpolation=(cv2.INTER_LINEAR,), fit_output=(False,), balanced_scale=(False,),
               border_mode=BORDERS)
         self.transform, self.height, self.width = transform, height, width
-        self.border, self.fill = transform.border_mode, packed_fill(np.rint(transform.fill))
+        self.border, self.fill = transform.border_mode, _fill(transform, rounded=True)
 
     def sample(self, uniform: Tensor) -> Tensor:
         applied, *draws = uniform.unbind(1)
@@ -157,8 +157,8 @@ class Affine:
         y, down = _fixed_point(-c / determinant, a / determinant, (c * shift_x - a * shift_y) / determinant, column, row)
         (here, beside), (below, across) = pixels_at(packed, [y, y + 1], [x, x + 1], self.border, self.fill)
         total = ((32 - down) * ((32 - right) * here + right * beside) + down * ((32 - right) * below + right * across))
-        half = sum(512 << shift for shift in SHIFTS)
-        return total.add_(half).bitwise_right_shift_(10).bitwise_and_(packed_fill(255))
+        half = packed_pixel((512, 512, 512))
+        return total.add_(half).bitwise_right_shift_(10).bitwise_and_(packed_pixel((255, 255, 255)))
 
 
 class PadIfNeeded:
@@ -173,7 +173,7 @@ class PadIfNeeded:
         pads = transform.get_params_dependent_on_data({"shape": (height, width)}, {})
         self.top, self.left = pads["pad_top"], pads["pad_left"]
         self.height, self.width = height + self.top + pads["pad_bottom"], width + self.left + pads["pad_right"]
-        self.border, self.fill = transform.border_mode, packed_fill(np.rint(transform.fill))
+        self.border, self.fill = transform.border_mode, _fill(transform, rounded=True)
 
     def sample(self, uniform: Tensor) -> Tensor:
         return uniform[:, :0]
@@ -213,7 +213,7 @@ class CoarseDropout:
             raise Unsupported(f"CoarseDropout with fill={transform.fill!r}")
         self.transform, self.height, self.width = transform, height, width
         self.draws = 2 + 4 * transform.num_holes_range[1]
-        self.fill = packed_fill(transform.fill)
+        self.fill = _fill(transform, rounded=False)
 
     def sample(self, uniform: Tensor) -> Tensor:
         t, holes = self.transform, []
@@ -253,6 +253,16 @@ def _only(transform: A.BasicTransform, **allowed: tuple) -> None:
             raise Unsupported(f"{type(transform).__name__} with {name}={getattr(transform, name)!r}")
 
 
+def _fill(transform: A.BasicTransform, rounded: bool) -> int:
+    """What a border or a hole is filled with, packed: as OpenCV takes it, rounded and held in 0 to 255, or as a cast to
+    uint8 does."""
+    fill = np.asarray(transform.fill, dtype=float)
+    if fill.shape not in ((), (3,)):
+        raise Unsupported(f"{type(transform).__name__} with fill={transform.fill!r}")
+    channels = np.broadcast_to(fill, 3)
+    return packed_pixel((np.rint(channels).clip(0, 255) if rounded else channels.astype(np.int64).astype(np.uint8)).tolist())
+
+
 def _between(uniform: Tensor, limits: tuple[float, float]) -> Tensor:
     return limits[0] + (limits[1] - limits[0]) * uniform
 
@@ -275,6 +285,8 @@ class DevicePolicy:
     """An A.Compose that runs on whole batches. Raises Unsupported, naming the transform, if it can't."""
 
     def __init__(self, policy: A.Compose, height: int, width: int, device: torch.device) -> None:
+        if type(policy) is not A.Compose:
+            raise Unsupported(type(policy).__name__)
         if policy.p != 1:
             raise Unsupported(f"Compose with p={policy.p}")
         transforms = list(policy.transforms)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from tqdm import tqdm
 
 from config import UserError
 from training.faults import Diverged
-
-if TYPE_CHECKING:
-    from training.capture import CapturedStep
 
 BatchStream = Iterable[tuple[Tensor, Tensor]]
 
@@ -74,6 +71,17 @@ class Figures:
         return Result(loss=sums[0].item() / images, accuracy=100 * sums[1].item() / images)
 
 
+class Step(Protocol):
+    """What trains on one batch: a TrainStep, or one that is captured."""
+
+    net: nn.Module
+    device: torch.device
+    figures: Figures
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Images float32 N x 3 x H x W and labels int64 N, on the device."""
+
+
 class TrainStep:
     """Called with images float32 N x 3 x H x W and labels int64 N on the device: one step of the optimizer, and the batch
     added to the figures. It waits for nothing."""
@@ -93,7 +101,7 @@ class TrainStep:
         self.figures.add(loss, logits, labels)
 
 
-def train_epoch(step: "TrainStep | CapturedStep", batches: BatchStream, bar: tqdm) -> Result:
+def train_epoch(step: Step, batches: BatchStream, bar: tqdm) -> Result:
     """One step for each batch (images float32 N x 3 x H x W, labels int64 N). Returns the figures of the epoch as it went,
     with the network in training mode. Raises Diverged when the loss is not finite."""
     step.net.train()
@@ -164,7 +172,7 @@ def find_device(name: str) -> torch.device:
     device = torch.device(name)
     try:
         if kind == "cuda":
-            torch.cuda.set_device(device)  # events and pinned memory belong to the current device
+            torch.cuda.set_device(int(index or 0))  # events and pinned memory belong to the current device
             torch.backends.cudnn.benchmark = True
         torch.ones(1, device=device).sum().item()
     except RuntimeError as error:  # a GPU that is too old for this build, say
