@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, UserError
-from training.commands import parse, parse_compare, parse_sweep
+from training.commands import parse, parse_compare, parse_plot, parse_sweep
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
     import albumentations as A
@@ -48,6 +48,8 @@ def main(arguments: list[str]) -> int:
                 from training.comparison import compare
 
                 compare(*parse_compare(arguments[1:]), REFERENCE)
+            elif arguments[:1] == ["plot"]:
+                plot(*parse_plot(arguments[1:]))
             elif arguments[:1] == ["sweep"]:
                 sweep(parse_sweep(arguments[1:]))
             else:
@@ -113,6 +115,24 @@ def sweep(configs: list[Config]) -> None:
     compare(configs[0].log_dir, [], REFERENCE)
 
 
+def plot(log_dir: str, name: str | None, data_dir: str | None) -> None:
+    """`python main.py plot`: the pictures of a finished run, from its weights and its images."""
+    from training.checkpoint import load_weights
+    from training.records import find_runs, named_run, read_run
+
+    folders = [named_run(Path(log_dir), name)] if name else find_runs(Path(log_dir))
+    run = next((run for run in map(read_run, folders) if run.summary), None)
+    if run is None:
+        raise UserError(f"{name or f'in {log_dir}/runs there'} is no finished run: pictures are drawn of finished ones")
+    given = {"data_dir": data_dir} if data_dir else {}
+    parts = build(Config(**({key: value for key, value in run.record["config"].items() if key != "name"} | given)))
+    if parts.images.fingerprint() != run.record["dataset"]["sha256"]:
+        raise UserError(f"the images in {parts.config.data_dir} are not those of run {run.folder.name}: name their folder with "
+                        "--data-dir")
+    load_weights(run.folder / "final.safetensors", parts.net)
+    draw(parts, run.folder)
+
+
 # ---------------------------------------------------------------- a run
 
 def train(config: Config, resumed: "Resumed | None" = None) -> None:
@@ -133,6 +153,8 @@ def train(config: Config, resumed: "Resumed | None" = None) -> None:
             del log.rows[checkpoints.saved:]
             log.update()
         raise
+    if parts.config.pictures:
+        draw(parts, log.folder)
 
 
 @dataclasses.dataclass
@@ -300,6 +322,21 @@ def finish(parts: Parts, log: "Log") -> None:
     records.write(log.folder / records.SUMMARY, records.as_json(summary), durable=True)
     print(f"\nFinal test accuracy {summary['test_acc']:.2f} %, train {summary['train_acc']:.2f} %, "
           f"after {summary['epochs']} epochs in {summary['seconds']:,.0f} s\nEverything is in {log.folder}")
+
+
+def draw(parts: Parts, folder: Path) -> None:
+    """The pictures of a finished run, into its folder."""
+    from model import convolutions
+    from training.loop import predict
+    from training.plots import draw_all
+    from training.records import read_run
+
+    with contextlib.closing(make_batches(parts)) as batches:
+        probabilities, _ = predict(parts.net, batches.in_order("test"), parts.device)
+    stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(parts.net)
+              if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last of each block counts
+    names = draw_all(read_run(folder), parts.images, parts.policies["train"], probabilities.numpy(), stages)
+    print(f"Pictures: {', '.join(names)}")
 
 
 def save(parts: Parts, log: "Log", name: str) -> None:

@@ -16,7 +16,7 @@ from training.images import synthetic
 
 ROOT = Path(__file__).parents[1]
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
-SMALL = ["--workers", "0", "--threads", "1", "--batch-size", "16", "--device", "cpu"]
+SMALL = ["--workers", "0", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures"]
 
 
 def pytest_collection_modifyitems(config, items):

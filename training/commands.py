@@ -18,6 +18,7 @@ TRAIN = """Train the network on CIFAR-10 and write what happened to logs/.
 
     python main.py sweep --lr 0.01,0.05 --seeds 3     runs that differ, one after another, then compare
     python main.py compare                      runs side by side: what differs, and whether it is more than noise
+    python main.py plot                         pictures of the newest finished run
 
 Read logs/model_accuracy.log, an aligned row an epoch, and logs/torch_summary.log, the network layer by layer.
 """
@@ -31,12 +32,18 @@ run with the defaults, and each value that is no default varies alone. Repeat th
 runs are skipped, an unfinished one goes on. Choose by --validation: the test images must choose nothing.
 """
 COMPARE = """Finished runs side by side: what differs from the reference run, the accuracy, and whether a difference is more
-than noise. Also writes experiments.md and experiments.csv to the log folder.
+than noise. Also writes experiments.md, experiments.csv and experiments.png to the log folder.
 
     python main.py compare                      all finished runs
     python main.py compare RUN RUN              these, and the reference run
 """
-FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "name")  # one value for a whole sweep
+PLOT = """Pictures of a finished run, into its folder: accuracy.png, confusion_matrix.png, mistakes.png, augmentation.png and
+receptive_field.png.
+
+    python main.py plot                         the newest finished run
+    python main.py plot RUN                     a folder's name under logs/runs, or a path
+"""
+FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "name", "pictures")  # one value for a whole sweep
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +87,9 @@ def parse_sweep(arguments: list[str]) -> list[Config]:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--one-at-a-time", action="store_true", help="vary each setting alone, not all combinations")
     for field in dataclasses.fields(Config):
-        if field.name in FIXED:
+        if field.name == "pictures":
+            parser.add_setting(field, action=argparse.BooleanOptionalAction)
+        elif field.name in FIXED:
             parser.add_setting(field, type=field.type, metavar="VALUE")
         elif field.name != "seed":
             parser.add_setting(field, type=_values(field), metavar="VALUE[,VALUE]")
@@ -117,6 +126,16 @@ def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
             raise argparse.ArgumentTypeError(f"{text!r} must be {kind}, with commas between") from None
 
     return named
+
+
+def parse_plot(arguments: list[str]) -> tuple[str, str | None, str | None]:
+    """The log folder, the run that is named and the folder of the images, None where they are not. Raises UserError."""
+    parser = Parser("plot", PLOT)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="the run; the newest finished one if none is named")
+    for name in ("log_dir", "data_dir"):
+        parser.add_setting(Config.__dataclass_fields__[name], type=str, metavar="VALUE")
+    given = vars(parser.parse_args(arguments))
+    return given.get("log_dir", Config.log_dir), given["run"], given.get("data_dir")
 
 
 def parse_compare(arguments: list[str]) -> tuple[str, list[str]]:

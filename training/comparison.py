@@ -17,13 +17,15 @@ from training.records import PLACES, Run, find_runs, named_run, read_run, write
 
 LEVEL = 0.05
 # What changes no result, or only as another seed does, tells no two runs apart.
-SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "dataset")
+SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures",
+        "dataset")
 NETWORK = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
 
 
 def compare(log_dir: str, names: Sequence[str], reference: Path) -> None:
-    """Print the tables of the finished runs in `log_dir`, all or those named, beside the `reference` run, and write them to
-    experiments.md and experiments.csv there. Raises UserError for a name that is no run's."""
+    """Print the tables of the finished runs in `log_dir`, all or those named, beside the `reference` run; write them to
+    experiments.md and experiments.csv there, and draw the one with the newest run. Raises UserError for a name that is no
+    run's."""
     folders = [named_run(Path(log_dir), name) for name in names] or find_runs(Path(log_dir))
     runs, skipped = finished(folders)
     found = tables(runs, read_run(reference))
@@ -33,6 +35,10 @@ def compare(log_dir: str, names: Sequence[str], reference: Path) -> None:
     Path(log_dir).mkdir(parents=True, exist_ok=True)
     for name, text in (("experiments.md", as_markdown(found)), ("experiments.csv", as_csv(found))):
         write(Path(log_dir) / name, text)
+    from training.plots import experiments  # matplotlib loads here
+
+    experiments(max(found, key=lambda table: table.rows[0].name() if len(table.rows) > 1 else ""),
+                Path(log_dir) / "experiments.png")
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,12 @@ class Row:
 
     def name(self) -> str:
         return self.runs[0].folder.name
+
+    def seeds(self) -> str:
+        seeds = sorted(run.record["config"]["seed"] for run in self.runs)
+        if len(seeds) > 2 and seeds[-1] - seeds[0] == len(seeds) - 1:
+            return f"{seeds[0]} to {seeds[-1]}"
+        return " ".join(map(str, seeds))
 
     def change(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.differs.items()) or "-"
@@ -204,7 +216,7 @@ COLUMNS = ("run", "differs from the reference", "seeds", "validation %", "test %
 def cells(row: Row) -> list[str]:
     """A row as COLUMNS has it."""
     gap = statistics.fmean(train - test for train, test in zip(row.values("train_acc"), row.values("test_acc"), strict=True))
-    return [row.name(), row.change(), " ".join(str(run.record["config"]["seed"]) for run in row.runs),
+    return [row.name(), row.change(), row.seeds(),
             _accuracy(row.values("val_acc")), _accuracy(row.values("test_acc")), f"{gap:+.2f}",
             f"{statistics.fmean(math.fsum(each['seconds'] for each in run.rows) for run in row.runs):,.0f}",
             str(row.difference or "-")]
@@ -265,7 +277,7 @@ def as_csv(found: Sequence[Table]) -> str:
             network, judged = row.runs[0].record["network"], row.difference
             seconds = statistics.fmean(math.fsum(each["seconds"] for each in run.rows) for run in row.runs)
             writer.writerow([
-                table.dataset, row.name(), row.change(), " ".join(str(run.record["config"]["seed"]) for run in row.runs),
+                table.dataset, row.name(), row.change(), row.seeds(),
                 len(row.runs), row.mean("val_acc"), row.mean("test_acc"), row.mean("train_acc"), network["parameters"],
                 network["multiply_adds"], network["receptive_field"], seconds,
                 *((judged.to, judged.points, judged.error, judged.p, judged.corrected_p) if judged else [""] * 5)])

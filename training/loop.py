@@ -133,6 +133,18 @@ def test(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
     return _finite(figures.result())
 
 
+@torch.no_grad()
+def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The network's probabilities, float32 N x classes, and the true labels, int64 N, of all batches, on the CPU."""
+    net.eval()
+    autocast, found = _autocast(device), []
+    for images, labels in batches:
+        with autocast:
+            logits = net(_move(images, labels, device)[0])
+        found.append((logits.float().softmax(1).cpu(), labels.cpu()))
+    return torch.cat([probabilities for probabilities, _ in found]), torch.cat([labels for _, labels in found])
+
+
 def _move(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     pinned = device.type == "cuda"  # so the copy needn't be waited for
     return (images.to(device, non_blocking=pinned, memory_format=torch.channels_last),
