@@ -25,7 +25,7 @@ def trained(arguments: argparse.Namespace, batches: str, seed: int) -> Run:
     with tempfile.TemporaryDirectory() as logs:
         subprocess.run([sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
                         arguments.data_dir, "--log-dir", logs, "--epochs", str(arguments.epochs), "--batches", batches,
-                        "--seed", str(seed)], check=True, stdout=subprocess.DEVNULL)
+                        "--seed", str(seed), "--no-pictures"], check=True, stdout=subprocess.DEVNULL)
         return read_run(find_runs(Path(logs))[0])
 
 

@@ -191,7 +191,8 @@ def peak_memory(arguments: argparse.Namespace, batches: str) -> float:
     """The peak, in GB, of `python main.py --epochs 1` with all its processes: loading, an epoch, a test, the final files."""
     with tempfile.TemporaryDirectory() as logs:
         command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
-                   arguments.data_dir, "--device", arguments.device, "--batches", batches, "--log-dir", logs, "--epochs", "1"]
+                   arguments.data_dir, "--device", arguments.device, "--batches", batches, "--log-dir", logs, "--epochs", "1",
+                   "--no-pictures"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
