@@ -67,7 +67,7 @@ def result(name: str) -> str:
 def updated(text: str) -> str:
     """The README `text` with every table made anew."""
     tables = {"rows": first_rows(), "log": log_table(), "stages": stage_table(), "training speed": result("training_speed"),
-              "training profile": result("training_profile"),
+              "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
