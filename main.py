@@ -72,39 +72,46 @@ def _complain(line: str, error: BaseException, status: int) -> int:
 def train_or_resume(given: dict[str, Any], resume: str | None) -> None:
     """`python main.py`: a new run with the settings `given`, or the run to resume, "" being the newest."""
     config = Config(**given) if resume is None else None  # a resumed run's settings are judged with its others
-    from training.checkpoint import take_up  # torch loads here, too slow for --help
     from training.faults import stopping_on_signals
 
     with stopping_on_signals():
         if config:
             train(config)
         else:
-            resumed = take_up(resume or "", given)
-            train(resumed.config, resumed)
+            go_on(resume or "", given)
+
+
+def go_on(name: str, given: dict[str, Any]) -> None:
+    """Train the unfinished run `name`, or the newest if it is "", to its end."""
+    from training.checkpoint import take_up
+
+    resumed = take_up(name, given)
+    train(resumed.config, resumed)
 
 
 def sweep(configs: list[Config]) -> None:
     """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
-    from training.checkpoint import take_up
     from training.comparison import compare, settings
     from training.faults import Diverged, stopping_on_signals
     from training.images import load
+    from training.records import SUMMARY
     from training.sweep import made
 
     with stopping_on_signals():
         images = load(configs[0].dataset, configs[0].data_dir)
+        kind = images.kind
+        fingerprints = {count: images.hold_out(count).fingerprint() for count in {config.validation for config in configs}}
+        del images  # each run loads its own
         for number, config in enumerate(configs, 1):
-            settled = demonstration(config) if config.dataset == "auto" and images.kind == "synthetic" else config
-            folder = made(settled, images.hold_out(config.validation).fingerprint())
+            folder = made(demonstration(config) if demonstrates(config, kind) else config, fingerprints[config.validation])
             changed = {name: value for name, value in settings(vars(config)).items() if value != getattr(Config, name)}
             print(f"\nRun {number} of {len(configs)}: " + "".join(f"{name} {value}, " for name, value in changed.items())
                   + f"seed {config.seed}", flush=True)
             try:
-                if folder and (folder / "summary.json").exists():
+                if folder and (folder / SUMMARY).exists():
                     print(f"is finished: {folder.name}")
                 elif folder:
-                    resumed = take_up(str(folder), {})
-                    train(resumed.config, resumed)
+                    go_on(str(folder), {})
                 else:
                     train(config)
             except Diverged as end:
@@ -117,15 +124,15 @@ def sweep(configs: list[Config]) -> None:
 
 def plot(log_dir: str, name: str | None, data_dir: str | None) -> None:
     """`python main.py plot`: the pictures of a finished run, from its weights and its images."""
-    from training.checkpoint import load_weights
+    from training.checkpoint import config_of, load_weights
+    from training.comparison import finished
     from training.records import find_runs, named_run, read_run
 
-    folders = [named_run(Path(log_dir), name)] if name else find_runs(Path(log_dir))
-    run = next((run for run in map(read_run, folders) if run.summary), None)
+    runs = [read_run(named_run(Path(log_dir), name))] if name else finished(find_runs(Path(log_dir)))[0]
+    run = next((run for run in runs if run.summary), None)
     if run is None:
         raise UserError(f"{name or f'in {log_dir}/runs there'} is no finished run: pictures are drawn of finished ones")
-    given = {"data_dir": data_dir} if data_dir else {}
-    parts = build(Config(**({key: value for key, value in run.record["config"].items() if key != "name"} | given)))
+    parts = build(config_of(run.record, {"data_dir": data_dir} if data_dir else {}, run.folder))
     if parts.images.fingerprint() != run.record["dataset"]["sha256"]:
         raise UserError(f"the images in {parts.config.data_dir} are not those of run {run.folder.name}: name their folder with "
                         "--data-dir")
@@ -199,7 +206,7 @@ def build(config: Config) -> Parts:
 
     device = find_device(config.device)
     images = load(config.dataset, config.data_dir)
-    if config.dataset == "auto" and images.kind == "synthetic":
+    if demonstrates(config, images.kind):
         print(BANNER)
         config = demonstration(config)
     config = dataclasses.replace(config, dataset=images.kind, threads=config.threads or cores())
@@ -219,8 +226,13 @@ def build(config: Config) -> Parts:
                  make_step(net, optimizer, device, config))
 
 
+def demonstrates(config: Config, kind: str) -> bool:
+    """Whether a run of this config, which got images of this kind, was meant for CIFAR-10, where there is none."""
+    return config.dataset == "auto" and kind == "synthetic"
+
+
 def demonstration(config: Config) -> Config:
-    """A config that was meant for CIFAR-10, where there is none: a few epochs show how the program works."""
+    """A config for such a run: a few epochs show how the program works."""
     return dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
 
 

@@ -5,7 +5,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -59,9 +61,6 @@ class OneByOne(Dataset):
         return len(self.split)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        import numpy as np
-        from PIL import Image
-
         picture = Image.fromarray(self.split.images[index])
         return self.policy(image=np.array(picture))["image"], int(self.split.labels[index])
 

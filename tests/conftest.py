@@ -86,6 +86,28 @@ def start(*arguments: str, interval: float | None = None, before: str = "") -> s
                             text=True, env=os.environ | NO_NETWORK, start_new_session=True)
 
 
+def at_epoch(monkeypatch, number: int, action) -> None:
+    """Call `action` before the epoch of training that is the `number`th from now, the next being 0."""
+    from training import loop
+
+    train_epoch, calls = loop.train_epoch, iter(range(100))
+
+    def acting(*arguments):
+        if next(calls) == number:
+            action()
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(loop, "train_epoch", acting)
+
+
+def raising(error: BaseException):
+    """An action that raises `error`."""
+    def action():
+        raise error
+
+    return action
+
+
 def one_line(stderr: str) -> str:
     """stderr, after checking that it is one line without a traceback."""
     assert stderr.count("\n") == 1, stderr

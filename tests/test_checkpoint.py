@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL, one_line, start, write_folder
+from conftest import SMALL, at_epoch, one_line, raising, start, write_folder
 from test_program import figures, only_run, weights_of
 
 import main
@@ -446,14 +446,7 @@ def test_a_killed_worker_is_named(pictures, tmp_path):
     (RuntimeError("unable to allocate shared memory(shm) for file"), "shared memory ran out: use --workers 0"),
     (MemoryError(), "smaller --batch-size")])
 def test_memory_that_runs_out_is_named(run, tmp_path, monkeypatch, error, words):
-    train_epoch, calls = loop.train_epoch, iter(range(10))
-
-    def starving(*arguments):
-        if next(calls) == 2:
-            raise error
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(loop, "train_epoch", starving)
+    at_epoch(monkeypatch, 2, raising(error))
     status, _, err = run("--epochs", "4")
     assert status == 2
     assert words in one_line(err)
@@ -493,17 +486,6 @@ def small_disk(tmp_path):
         pytest.skip("may not mount a file system here")
     yield disk
     subprocess.run(["umount", "-l", disk])
-
-
-def at_epoch(monkeypatch, number: int, action) -> None:
-    train_epoch, calls = loop.train_epoch, iter(range(100))
-
-    def acting(*arguments):
-        if next(calls) == number:
-            action()
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(loop, "train_epoch", acting)
 
 
 def test_a_full_disk(run, small_disk, monkeypatch, uninterrupted):

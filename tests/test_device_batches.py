@@ -24,11 +24,12 @@ from training import augment
 from training.augment import train_policy
 from training.batches import Batches
 from training.device_batches import DeviceBatches
-from training.device_policy import DevicePolicy, Unsupported, pack, unpack
+from training.device_policy import DevicePolicy, Unsupported
 from training.images import Split
 from training.images import synthetic as make_synthetic
 from training.loop import TrainStep, train_epoch
 from training.loop import test as evaluate
+from training.packed_images import pack, unpack
 from training.records import read_run
 
 CPU = torch.device("cpu")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import at_epoch, raising
 from safetensors.torch import load_file
 from test_program import only_run
 
@@ -19,16 +20,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.mark.parametrize("batches", ["device", "workers"])
 def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch, batches):
-    from training import loop
-
-    train_epoch, calls = loop.train_epoch, iter(range(10))
-
-    def interrupted(*arguments):
-        if next(calls) == 2:
-            raise KeyboardInterrupt
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    at_epoch(monkeypatch, 2, raising(KeyboardInterrupt()))
     assert run("--device", "cuda", "--epochs", "4", "--lr", "0.05", "--workers", "2", "--batches", batches)[0] == 130
     assert run("--resume")[0] == 0
     found = read_run(only_run(tmp_path))

@@ -40,7 +40,7 @@ def test_the_reference_run_is_the_whole_baseline():
     assert {epoch: f"{run.rows[epoch]['lr']:.6f}" for epoch in RATES} == RATES
 
 
-@pytest.mark.xfail(strict=True, reason="owed: this run ends below; see the README on the shift")
+@pytest.mark.xfail(strict=True, reason="owed: this run ends below, as the README says")
 def test_the_reference_run_reaches_the_published_accuracy_within_noise():
     assert read_run(REFERENCE).rows[79]["test_acc"] >= 87.2 - 0.4
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from conftest import SMALL, one_line
+from conftest import SMALL, at_epoch, one_line, raising
 from test_program import figures, weights_of
 
 import main
@@ -68,16 +68,7 @@ def test_a_sweep_makes_its_runs_and_compares_them(sweep, run, tmp_path):
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(sweep, tmp_path, monkeypatch):
-    from training import loop
-
-    train_epoch, calls = loop.train_epoch, iter(range(100))
-
-    def interrupted(*arguments):
-        if next(calls) == 3:
-            raise KeyboardInterrupt
-        return train_epoch(*arguments)
-
-    monkeypatch.setattr(loop, "train_epoch", interrupted)
+    at_epoch(monkeypatch, 3, raising(KeyboardInterrupt()))
     arguments = ("--epochs", "2", "--lr", "0.01,0.05,0.1")
     status, _, err = sweep(*arguments)
     assert status == 130

@@ -178,7 +178,7 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
         raise UserError(f"{folder} holds no checkpoint: it is no run that could be resumed")
     held = lock(folder)
     state, notes = load(folder)
-    config = _config_of(state, folder)
+    config = config_of(state["record"], state["places"], folder)
     for setting, value in given.items():
         if setting not in MOVABLE and value != getattr(config, setting):
             raise UserError(f"{setting} is {value} on the command line, but run {folder.name} has "
@@ -191,13 +191,15 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
     return Resumed(folder, config, state, notes, held)
 
 
-def _config_of(state: dict[str, Any], folder: Path) -> Config:
+def config_of(record: dict[str, Any], places: dict[str, str], folder: Path) -> Config:
+    """The settings of the run in `folder`, from its config.json and the settings of records.PLACES. Raises UserError where they
+    are none of this program's."""
     try:
         earlier = {"batches": "workers"}  # before there was this setting, workers made them all
-        return Config(**(earlier | state["record"]["config"] | state["places"]))
+        return Config(**(earlier | record["config"] | places))
     except (TypeError, KeyError, UserError) as error:
         raise UserError(f"run {folder.name} was made by another version of this program ({error}): "
-                        "resume it with that one, or start it anew") from error
+                        "use it with that one, or start it anew") from error
 
 
 def _tidy(folder: Path, damaged: bool) -> None:

@@ -57,7 +57,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists all settings)")
 
     def add_setting(self, field: dataclasses.Field, **how: Any) -> None:
-        """A flag for a field of Config; absent from the result where it isn't given."""
+        """A flag for a field of Config, absent from the result where it isn't given; `how` replaces the way it is read."""
+        if not how:
+            how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "VALUE"}
         meaning = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
         self.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, help=meaning, **how)
 
@@ -70,10 +72,7 @@ def parse(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="go on with an unfinished run, the newest if none is named")
     for field in dataclasses.fields(Config):
-        if field.type is bool:
-            parser.add_setting(field, action=argparse.BooleanOptionalAction)
-        else:
-            parser.add_setting(field, type=field.type, metavar="VALUE")
+        parser.add_setting(field)
     given = vars(parser.parse_args(arguments))
     resume = given.pop("resume")
     return RECIPES[given.pop("recipe")] | given, resume
@@ -87,10 +86,8 @@ def parse_sweep(arguments: list[str]) -> list[Config]:
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--one-at-a-time", action="store_true", help="vary each setting alone, not all combinations")
     for field in dataclasses.fields(Config):
-        if field.name == "pictures":
-            parser.add_setting(field, action=argparse.BooleanOptionalAction)
-        elif field.name in FIXED:
-            parser.add_setting(field, type=field.type, metavar="VALUE")
+        if field.name in FIXED:
+            parser.add_setting(field)
         elif field.name != "seed":
             parser.add_setting(field, type=_values(field), metavar="VALUE[,VALUE]")
     given = vars(parser.parse_args(arguments))
@@ -133,7 +130,7 @@ def parse_plot(arguments: list[str]) -> tuple[str, str | None, str | None]:
     parser = Parser("plot", PLOT)
     parser.add_argument("run", nargs="?", metavar="RUN", help="the run; the newest finished one if none is named")
     for name in ("log_dir", "data_dir"):
-        parser.add_setting(Config.__dataclass_fields__[name], type=str, metavar="VALUE")
+        parser.add_setting(Config.__dataclass_fields__[name])
     given = vars(parser.parse_args(arguments))
     return given.get("log_dir", Config.log_dir), given["run"], given.get("data_dir")
 
@@ -142,6 +139,6 @@ def parse_compare(arguments: list[str]) -> tuple[str, list[str]]:
     """The log folder, and the runs that are named. Raises UserError."""
     parser = Parser("compare", COMPARE)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder's name under logs/runs, or a path")
-    parser.add_setting(Config.__dataclass_fields__["log_dir"], type=str, metavar="VALUE")
+    parser.add_setting(Config.__dataclass_fields__["log_dir"])
     given = vars(parser.parse_args(arguments))
     return given.get("log_dir", Config.log_dir), given["runs"]

@@ -17,8 +17,7 @@ from training.records import PLACES, Run, find_runs, named_run, read_run, write
 
 LEVEL = 0.05
 # What changes no result, or only as another seed does, tells no two runs apart.
-SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures",
-        "dataset")
+SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures", "dataset")
 NETWORK = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
 
 
@@ -26,19 +25,19 @@ def compare(log_dir: str, names: Sequence[str], reference: Path) -> None:
     """Print the tables of the finished runs in `log_dir`, all or those named, beside the `reference` run; write them to
     experiments.md and experiments.csv there, and draw the one with the newest run. Raises UserError for a name that is no
     run's."""
-    folders = [named_run(Path(log_dir), name) for name in names] or find_runs(Path(log_dir))
+    logs = Path(log_dir)
+    folders = [named_run(logs, name) for name in names] or find_runs(logs)
     runs, skipped = finished(folders)
     found = tables(runs, read_run(reference))
     for line in skipped:
         print(f"left out: {line}")
     print(as_text(found))
-    Path(log_dir).mkdir(parents=True, exist_ok=True)
+    logs.mkdir(parents=True, exist_ok=True)
     for name, text in (("experiments.md", as_markdown(found)), ("experiments.csv", as_csv(found))):
-        write(Path(log_dir) / name, text)
+        write(logs / name, text)
     from training.plots import experiments  # matplotlib loads here
 
-    experiments(max(found, key=lambda table: table.rows[0].name() if len(table.rows) > 1 else ""),
-                Path(log_dir) / "experiments.png")
+    experiments(max(found, key=lambda table: table.rows[0].name() if len(table.rows) > 1 else ""), logs / "experiments.png")
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,10 @@ class Row:
     def mean(self, name: str) -> float:
         return statistics.fmean(self.values(name))
 
+    def seconds(self) -> float:
+        """Of a run's epochs, the mean over the runs."""
+        return statistics.fmean(math.fsum(each["seconds"] for each in run.rows) for run in self.runs)
+
     def name(self) -> str:
         return self.runs[0].folder.name
 
@@ -104,6 +107,11 @@ class Table:
     rows: list[Row]
     spread: float
     freedom: int
+
+    @property
+    def judged_by(self) -> str:
+        """The images whose accuracy is compared."""
+        return {"val_acc": "validation", "test_acc": "test"}[self.rows[0].metric]
 
 
 def finished(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -218,8 +226,7 @@ def cells(row: Row) -> list[str]:
     gap = statistics.fmean(train - test for train, test in zip(row.values("train_acc"), row.values("test_acc"), strict=True))
     return [row.name(), row.change(), row.seeds(),
             _accuracy(row.values("val_acc")), _accuracy(row.values("test_acc")), f"{gap:+.2f}",
-            f"{statistics.fmean(math.fsum(each['seconds'] for each in run.rows) for run in row.runs):,.0f}",
-            str(row.difference or "-")]
+            f"{row.seconds():,.0f}", str(row.difference or "-")]
 
 
 def _accuracy(values: Sequence[float]) -> str:
@@ -233,9 +240,8 @@ def method(table: Table) -> str:
     count = sum(row.difference is not None for row in table.rows)
     if not count:
         return "There is nothing to compare on this dataset yet."
-    by = table.rows[0].metric.replace("val_acc", "validation").replace("test_acc", "test")
-    text = (f"Differences are in points of {by} accuracy, each to the row with as many epochs that differs least from the "
-            "reference, and of that one to the reference. ")
+    text = (f"Differences are in points of {table.judged_by} accuracy, each to the row with as many epochs that differs least "
+            "from the reference, and of that one to the reference. ")
     if not table.freedom:
         return text + "No row has more than one seed, so the noise is unknown: run more seeds (sweep --seeds 3)."
     return text + ("± behind an accuracy is the standard deviation over seeds; behind a difference its standard error, from "
@@ -275,10 +281,9 @@ def as_csv(found: Sequence[Table]) -> str:
     for table in found:
         for row in table.rows:
             network, judged = row.runs[0].record["network"], row.difference
-            seconds = statistics.fmean(math.fsum(each["seconds"] for each in run.rows) for run in row.runs)
             writer.writerow([
                 table.dataset, row.name(), row.change(), row.seeds(),
                 len(row.runs), row.mean("val_acc"), row.mean("test_acc"), row.mean("train_acc"), network["parameters"],
-                network["multiply_adds"], network["receptive_field"], seconds,
+                network["multiply_adds"], network["receptive_field"], row.seconds(),
                 *((judged.to, judged.points, judged.error, judged.p, judged.corrected_p) if judged else [""] * 5)])
     return text.getvalue()

@@ -3,12 +3,9 @@
 The policy has one definition, the Compose; its transforms' own parameters are read here. Every step has two halves:
 `sample` turns uniform random numbers into the parameters of N images, and calling the step applies such parameters. The
 pixels are Albumentations' own, bit for bit where OpenCV interpolates in fixed point, as its x86-64 builds do.
-
-Between the steps an image is H x W int64, a pixel's three channels packed 20 bits apart. A weighted sum of pixels with
-weights that add up to 1024 then treats all three at once, and no channel carries into the next: 255 * 1024 < 2**20.
+Between the steps the images are packed: see packed_images.py.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import albumentations as A
@@ -18,64 +15,13 @@ import torch
 from albumentations.pytorch import ToTensorV2
 from torch import Tensor
 
+from training.packed_images import grid, pack, packed_pixel, pixels_at, unpack
+
 BORDERS = (cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101)
-SHIFTS = (0, 20, 40)  # bits, of the three channels
 
 
 class Unsupported(ValueError):
     """A transform that can't be run on whole batches; the message is its name, and what about it."""
-
-
-# ---------------------------------------------------------------- packed images
-
-def pack(images: Tensor) -> Tensor:
-    """uint8 N x H x W x 3 to int64 N x H x W."""
-    red, green, blue = images.long().unbind(-1)
-    return red | green << SHIFTS[1] | blue << SHIFTS[2]
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """int64 N x H x W to int32 N x H x W x 3, 0 to 255."""
-    return torch.stack([(packed >> shift).int() & 255 for shift in SHIFTS], dim=-1)
-
-
-def packed_pixel(channels: Sequence[int]) -> int:
-    """Three values below 2**20 as a packed pixel."""
-    return sum(int(channel) << shift for channel, shift in zip(channels, SHIFTS, strict=True))
-
-
-def pixels_at(packed: Tensor, ys: list[Tensor], xs: list[Tensor], border: int, fill: int) -> list[list[Tensor]]:
-    """The pixels of N x H x W at each pair of whole coordinates: result[i][j] those at ys[i], xs[j], which are int32,
-    broadcast to N x h x w and may lie outside."""
-    count, height, width = packed.shape
-    first = torch.arange(count, device=packed.device, dtype=torch.int32)[:, None, None] * (height * width)
-    rows = [(y, _inside(y, height, border) * width + first) for y in ys]
-    columns = [(x, _inside(x, width, border)) for x in xs]
-
-    def found(y: Tensor, row: Tensor, x: Tensor, column: Tensor) -> Tensor:
-        places = row + column
-        pixels = packed.view(-1).index_select(0, places.view(-1)).view(places.shape)
-        if border == cv2.BORDER_CONSTANT:
-            pixels = torch.where((y >= 0) & (y < height) & (x >= 0) & (x < width), pixels, fill)
-        return pixels
-
-    return [[found(*row, *column) for column in columns] for row in rows]
-
-
-def _inside(index: Tensor, size: int, border: int) -> Tensor:
-    """The index inside 0 to size - 1 that the border mode has for one outside; any, where the border is constant."""
-    if border == cv2.BORDER_CONSTANT:
-        return index.clamp(0, size - 1)
-    if border == cv2.BORDER_REFLECT_101:  # the edge pixel is not repeated: 2 1 | 0 1 2 | 1 0
-        return index.remainder(max(2 * size - 2, 1)).sub_(size - 1).abs_().neg_().add_(size - 1)
-    index = index.remainder(2 * size)     # it is: 1 0 | 0 1 2 | 2 1
-    return torch.minimum(index, 2 * size - 1 - index)
-
-
-def grid(height: int, width: int, device: torch.device, dtype: torch.dtype = torch.int32) -> tuple[Tensor, Tensor]:
-    """The coordinates y, 1 x height x 1, and x, 1 x 1 x width, of all pixels."""
-    return (torch.arange(height, dtype=dtype, device=device)[None, :, None],
-            torch.arange(width, dtype=dtype, device=device)[None, None, :])
 
 
 # ---------------------------------------------------------------- the steps
@@ -126,6 +72,7 @@ class Affine:
         self.border, self.fill = transform.border_mode, _fill(transform, rounded=True)
 
     def sample(self, uniform: Tensor) -> Tensor:
+        """As Albumentations draws and multiplies: the identity where a step isn't applied."""
         applied, *draws = uniform.unbind(1)
         t = self.transform
         scale_x = _between(draws[0], t.scale["x"])
@@ -216,6 +163,7 @@ class CoarseDropout:
         self.fill = _fill(transform, rounded=False)
 
     def sample(self, uniform: Tensor) -> Tensor:
+        """Applied or not and the number of holes, then size and place of each."""
         t, holes = self.transform, []
         applied, number = uniform[:, 0] < t.p, _integer(uniform[:, 1], *t.num_holes_range)
         in_pixels = t.hole_height_range[1] >= 1  # as Albumentations tells the two: else both are fractions

@@ -162,10 +162,9 @@ def experiments(table: "Table", path: Path) -> None:
         left.errorbar([run.record["network"]["multiply_adds"] / 1e6], [np.mean(values)], fmt="o", capsize=4, **style,
                       yerr=[np.std(values, ddof=1)] if len(values) > 1 else None)
         right.plot([each["epoch"] for each in run.rows], [each[row.metric] for each in run.rows], linewidth=1.2, **style)
-    metric = "validation" if table.rows[0].metric == "val_acc" else "test"
-    left.set(xlabel="multiply-adds of an image, millions", ylabel=f"{metric} accuracy, %",
+    left.set(xlabel="multiply-adds of an image, millions", ylabel=f"{table.judged_by} accuracy, %",
              title="means, and standard deviations over seeds")
-    right.set(xlabel="epoch", ylabel=f"{metric} accuracy, %", title="the newest run of each")
+    right.set(xlabel="epoch", ylabel=f"{table.judged_by} accuracy, %", title="the newest run of each")
     handles, words = right.get_legend_handles_labels()
     right.legend(handles[::-1], words[::-1], fontsize=8, loc="lower right", title="differs from the reference")
     for axes in (left, right):
