@@ -4,37 +4,28 @@
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from config import Config, UserError
-from training.commands import parse, parse_compare, parse_plot, parse_sweep
+from training import commands
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
-    import albumentations as A
-    import torch
-
+    from inference.weights import Weights
     from training.batches import Batches
     from training.checkpoint import Checkpoints, Resumed
     from training.device_batches import DeviceBatches
-    from training.images import Images
-    from training.loop import Step
+    from training.parts import Parts
     from training.records import Log
 
 REFERENCE = Path(__file__).parent / "logs" / "reference"
-DEMONSTRATION_EPOCHS = 5
 BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # fits into 80 columns
-BANNER = """
-********************************************************************************
-*  DEMONSTRATION on built-in drawn shapes, because there is no CIFAR-10 here.  *
-*  No figure of this run says anything about CIFAR-10.                         *
-********************************************************************************
-"""
 
 
 # ---------------------------------------------------------------- the command line
@@ -44,16 +35,11 @@ def main(arguments: list[str]) -> int:
     try:
         from training.faults import Stopped
         try:
-            if arguments[:1] == ["compare"]:
-                from training.comparison import compare
-
-                compare(*parse_compare(arguments[1:]), REFERENCE)
-            elif arguments[:1] == ["plot"]:
-                plot(*parse_plot(arguments[1:]))
-            elif arguments[:1] == ["sweep"]:
-                sweep(parse_sweep(arguments[1:]))
+            verb, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in VERBS else ("", arguments)
+            if verb:
+                VERBS[verb](getattr(commands, f"parse_{verb}")(rest))
             else:
-                train_or_resume(*parse(arguments))
+                train_or_resume(*commands.parse(rest))
         except Stopped as stop:
             return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
     except (UserError, OSError) as error:  # an OSError that nobody foresaw is still the machine's, and names its file
@@ -91,9 +77,10 @@ def go_on(name: str, given: dict[str, Any]) -> None:
 
 def sweep(configs: list[Config]) -> None:
     """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
-    from training.comparison import compare, settings
+    from training.comparison import settings
     from training.faults import Diverged, stopping_on_signals
     from training.images import load
+    from training.parts import demonstrates, demonstration
     from training.records import SUMMARY
     from training.sweep import made
 
@@ -119,25 +106,97 @@ def sweep(configs: list[Config]) -> None:
             except BaseException as end:
                 end.add_note("or repeat the sweep, which skips what is finished")
                 raise
-    compare(configs[0].log_dir, [], REFERENCE)
+    compare(Namespace(log_dir=configs[0].log_dir, runs=[]))
 
 
-def plot(log_dir: str, name: str | None, data_dir: str | None) -> None:
+def compare(asked: Namespace) -> None:
+    """`python main.py compare`: runs side by side."""
+    from training.comparison import compare as compare_runs
+
+    compare_runs(asked.log_dir, asked.runs, REFERENCE)
+
+
+# ---------------------------------------------------------------- a finished run
+
+def plot(asked: Namespace) -> None:
     """`python main.py plot`: the pictures of a finished run, from its weights and its images."""
-    from training.checkpoint import config_of, load_weights
-    from training.comparison import finished
-    from training.records import find_runs, named_run, read_run
+    weights, parts = trained(asked)
+    draw(parts, weights.path.parent)
 
-    runs = [read_run(named_run(Path(log_dir), name))] if name else finished(find_runs(Path(log_dir)))[0]
-    run = next((run for run in runs if run.summary), None)
-    if run is None:
-        raise UserError(f"{name or f'in {log_dir}/runs there'} is no finished run: pictures are drawn of finished ones")
-    parts = build(config_of(run.record, {"data_dir": data_dir} if data_dir else {}, run.folder))
-    if parts.images.fingerprint() != run.record["dataset"]["sha256"]:
-        raise UserError(f"the images in {parts.config.data_dir} are not those of run {run.folder.name}: name their folder with "
-                        "--data-dir")
-    load_weights(run.folder / "final.safetensors", parts.net)
-    draw(parts, run.folder)
+
+def test(asked: Namespace) -> None:
+    """`python main.py test`: what trained weights are worth on the test images of their run."""
+    from inference.test import report
+
+    weights, parts = trained(asked)
+    with contextlib.closing(parts.batches()) as batches:
+        print(f"{weights.path} on the {len(parts.images.test):,} test images of {parts.config.dataset}:\n"
+              + report(parts.net, batches, parts.device, weights.class_names, asked.flip))
+
+
+def predict(asked: Namespace) -> None:
+    """`python main.py predict`: what a trained network takes images for."""
+    from inference import weights
+    from inference.classifier import Classifier
+    from inference.predict import as_json, as_text, image_files, predictions
+    from model import Net
+    from training.loop import find_device
+
+    files, device = image_files(asked.images), find_device(asked.device)
+    found = weights.read(weights.find(Path(asked.log_dir), asked.run))
+    net = Net(len(found.class_names), found.config["dropout"])
+    found.load_into(net)
+    classifier, unreadable = Classifier(net, found.mean, found.deviation).to(device), list[UserError]()
+    predicted = predictions(files, classifier, found.class_names, device, unreadable)
+    if asked.json:
+        print(as_json(list(predicted), asked.top))
+    else:
+        for path, prediction in predicted:
+            print(as_text(path, prediction, asked.top))
+    if unreadable:
+        others = f", and {len(unreadable) - 1:,} more of {len(files):,} files" if len(unreadable) > 1 else ""
+        raise UserError(f"{unreadable[0]}{others}")
+
+
+def export(asked: Namespace) -> None:
+    """`python main.py export`: a trained network as one file that runs without this program."""
+    from inference.classifier import Classifier
+    from inference.export import FILES, check_packages
+    from inference.export import export as make
+    from training.loop import predict
+    from training.records import write
+
+    check_packages(asked.to)
+    weights, parts = trained(Namespace(**vars(asked), device="cpu"))
+    with contextlib.closing(parts.batches()) as batches:
+        logits, _ = predict(parts.net, batches.in_order("test"), parts.device)
+    data, comparison = make(asked.to, Classifier(parts.net, weights.mean, weights.deviation), weights.class_names,
+                            parts.images.train, parts.images.test, logits)
+    path = weights.path.parent / FILES[asked.to]
+    write(path, data, durable=True)
+    print(f"{path}: {len(data):,} bytes\n{comparison}")
+
+
+def trained(asked: Namespace) -> "tuple[Weights, Parts]":
+    """The weights that are asked for, and the parts of their run with these weights and on the device that is asked for. Raises
+    UserError, also where the images are not those that the weights were trained on."""
+    from inference import weights
+    from model import Net
+    from training.checkpoint import config_of
+    from training.parts import build
+
+    found = weights.read(weights.find(Path(asked.log_dir), asked.run))
+    here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto"}
+    parts = build(config_of({"config": found.config | here}, {}, found.path.parent), Net)
+    if not found.trained_on(parts.images):
+        raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
+                        "with --data-dir")
+    found.load_into(parts.net)
+    return found, parts
+
+
+VERBS: dict[str, Callable[[Any], None]] = {
+    "sweep": sweep, "compare": compare, "plot": plot, "test": test, "predict": predict, "export": export}
 
 
 # ---------------------------------------------------------------- a run
@@ -145,10 +204,12 @@ def plot(log_dir: str, name: str | None, data_dir: str | None) -> None:
 def train(config: Config, resumed: "Resumed | None" = None) -> None:
     """One run, new or resumed: its parts, its records, its epochs, its final files. Raises UserError, and what bugs
     raise, with a note on what is safe and how to go on."""
+    from model import Net
     from training.faults import named_faults
+    from training.parts import build
 
     with named_faults():
-        parts = build(config)
+        parts = build(config, Net)
         log, checkpoints = open_records(parts, resumed)
     try:
         with named_faults():
@@ -164,84 +225,7 @@ def train(config: Config, resumed: "Resumed | None" = None) -> None:
         draw(parts, log.folder)
 
 
-@dataclasses.dataclass
-class Parts:
-    """What a run is made of. `mean` and `deviation` are each channel's, as fractions of 255."""
-
-    config: Config
-    images: "Images"
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    policies: "dict[str, A.Compose]"
-    device: "torch.device"
-    net: "torch.nn.Module"
-    optimizer: "torch.optim.SGD"
-    scheduler: "torch.optim.lr_scheduler.CosineAnnealingLR"
-    step: "Step"
-
-    def state(self) -> dict[str, Any]:
-        """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
-        random number is a function of (seed, epoch, image)."""
-        return {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "scheduler")}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Set what training changes. Raises RuntimeError or ValueError where `state` is another network's."""
-        for name in ("net", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer.param_groups:  # what the device at hand is best at, not the one of before
-            group["fused"] = self.device.type == "cuda"
-
-
-def build(config: Config) -> Parts:
-    """The parts of a run as they are before its first epoch. What config leaves to `auto` is settled in theirs.
-    Raises UserError for images or a device that can't be had."""
-    import torch
-
-    from model import Net
-    from training.augment import test_policy, train_policy
-    from training.capture import make_step
-    from training.device_batches import settled
-    from training.images import load
-    from training.loop import find_device, keep_freed_memory, seed_torch
-
-    device = find_device(config.device)
-    images = load(config.dataset, config.data_dir)
-    if demonstrates(config, images.kind):
-        print(BANNER)
-        config = demonstration(config)
-    config = dataclasses.replace(config, dataset=images.kind, threads=config.threads or cores())
-    images = images.hold_out(config.validation)
-    mean, deviation = images.statistics()
-    normalization = test_policy(mean, deviation)
-    policies = {"train": train_policy(config, mean, deviation), "validation": normalization, "test": normalization}
-    config = dataclasses.replace(config, batches=settled(config.batches, policies, images.train, device))
-    keep_freed_memory()
-    torch.set_num_threads(config.threads)
-    seed_torch(config.seed, 0)
-    net = Net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                                weight_decay=config.weight_decay, fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
-    return Parts(config, images, mean, deviation, policies, device, net, optimizer, scheduler,
-                 make_step(net, optimizer, device, config))
-
-
-def demonstrates(config: Config, kind: str) -> bool:
-    """Whether a run of this config, which got images of this kind, was meant for CIFAR-10, where there is none."""
-    return config.dataset == "auto" and kind == "synthetic"
-
-
-def demonstration(config: Config) -> Config:
-    """A config for such a run: a few epochs show how the program works."""
-    return dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Checkpoints"]:
+def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Checkpoints"]:
     """The log and the checkpoints: of a new run, in a folder of its own, or of a resumed one, whose state the parts
     then have. Raises UserError where nothing can be written, or the state doesn't fit."""
     import model
@@ -272,10 +256,10 @@ def open_records(parts: Parts, resumed: "Resumed | None") -> tuple["Log", "Check
     return log, checkpoint.Checkpoints(folder, lock, places, saved=len(rows))
 
 
-def run_epochs(parts: Parts, log: "Log", checkpoints: "Checkpoints") -> None:
+def run_epochs(parts: "Parts", log: "Log", checkpoints: "Checkpoints") -> None:
     """The epochs, from the one that the scheduler is at to the last; after each a checkpoint and a row in the log."""
     print(log.header(), flush=True)
-    with contextlib.closing(make_batches(parts)) as batches:
+    with contextlib.closing(parts.batches()) as batches:
         for epoch in range(parts.scheduler.last_epoch, parts.config.epochs):
             last = epoch == parts.config.epochs - 1
             row = run_epoch(parts, batches, epoch, last)
@@ -288,20 +272,7 @@ def run_epochs(parts: Parts, log: "Log", checkpoints: "Checkpoints") -> None:
             print(log.last_row(), flush=True)
 
 
-def make_batches(parts: Parts) -> "Batches | DeviceBatches":
-    """The batches of all three splits, made on the device or by worker processes."""
-    from training.batches import Batches
-    from training.device_batches import DeviceBatches
-
-    config, images = parts.config, parts.images
-    splits = {"train": images.train, "validation": images.validation, "test": images.test}
-    if config.batches == "device":
-        return DeviceBatches(splits, parts.policies, config.batch_size, config.seed, parts.device)
-    return Batches(splits, parts.policies, config.batch_size, config.seed, config.workers,
-                   pin_memory=parts.device.type == "cuda")
-
-
-def run_epoch(parts: Parts, batches: "Batches | DeviceBatches", epoch: int, last: bool) -> dict[str, float]:
+def run_epoch(parts: "Parts", batches: "Batches | DeviceBatches", epoch: int, last: bool) -> dict[str, float]:
     """Train one epoch, then test: the epoch's row of the log."""
     from tqdm import tqdm
 
@@ -324,7 +295,7 @@ def run_epoch(parts: Parts, batches: "Batches | DeviceBatches", epoch: int, last
     return row
 
 
-def finish(parts: Parts, log: "Log") -> None:
+def finish(parts: "Parts", log: "Log") -> None:
     """The final weights, and last the summary, which marks the run as finished."""
     from training import records
 
@@ -336,27 +307,28 @@ def finish(parts: Parts, log: "Log") -> None:
           f"after {summary['epochs']} epochs in {summary['seconds']:,.0f} s\nEverything is in {log.folder}")
 
 
-def draw(parts: Parts, folder: Path) -> None:
+def draw(parts: "Parts", folder: Path) -> None:
     """The pictures of a finished run, into its folder."""
     from model import convolutions
     from training.loop import predict
     from training.plots import draw_all
     from training.records import read_run
 
-    with contextlib.closing(make_batches(parts)) as batches:
-        probabilities, _ = predict(parts.net, batches.in_order("test"), parts.device)
+    with contextlib.closing(parts.batches()) as batches:
+        logits, _ = predict(parts.net, batches.in_order("test"), parts.device)
     stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(parts.net)
               if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last of each block counts
-    names = draw_all(read_run(folder), parts.images, parts.policies["train"], probabilities.numpy(), stages)
+    names = draw_all(read_run(folder), parts.images, parts.policies["train"], logits.softmax(1).cpu().numpy(), stages)
     print(f"Pictures: {', '.join(names)}")
 
 
-def save(parts: Parts, log: "Log", name: str) -> None:
+def save(parts: "Parts", log: "Log", name: str) -> None:
     """The weights as they are, with what is needed to use them; the number of workers, which changes nothing, left out."""
     from training.checkpoint import save_weights
 
     save_weights(log.folder / name, parts.net, {
         "class_names": parts.images.class_names, "mean": parts.mean, "standard_deviation": parts.deviation,
+        "images": log.record["dataset"]["sha256"],
         "config": {key: value for key, value in log.record["config"].items() if key != "workers"}})
 
 

@@ -28,13 +28,15 @@ def main(data_dir: str, rounds: int, steps: int) -> str:
 
     import main as program
     from config import Config
+    from model import Net
     from training.loop import train_epoch
+    from training.parts import build
 
     with tempfile.TemporaryDirectory(dir=".") as logs:  # on the disk that holds logs/, not on a file system in memory
-        parts = program.build(Config(dataset="cifar10", data_dir=data_dir, log_dir=logs, device="cpu"))
+        parts = build(Config(dataset="cifar10", data_dir=data_dir, log_dir=logs, device="cpu"), Net)
         log, checkpoints = program.open_records(parts, None)
         a_step, a_checkpoint = [], []
-        with closing(program.make_batches(parts)) as batches, tqdm(disable=True) as bar:
+        with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
             stream = iter(batches.shuffled("train", 0))
             for _ in range(rounds):
                 started = time.perf_counter()

@@ -37,13 +37,14 @@ def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
     import torch
     from tqdm import tqdm
 
-    import main
     from config import Config
+    from model import Net
     from training.loop import test, train_epoch
+    from training.parts import build
 
-    parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings))  # type: ignore[arg-type]
+    parts = build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings), Net)  # type: ignore[arg-type]
     epochs = iter(range(100))
-    with closing(main.make_batches(parts)) as batches, tqdm(disable=True) as bar:
+    with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
         measured = timed(lambda each: train_epoch(parts.step, each, bar), lambda: batches.shuffled("train", next(epochs)),
                          arguments.steps, parts.device)
         measured["test"] = timed(lambda each: test(parts.net, each, parts.device), lambda: batches.in_order("test"),
@@ -55,11 +56,11 @@ def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
 
 def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
     """The rows of the table; the first is what the ratios are to."""
-    import main as program
+    from training.parts import cores
 
     usual = 8 if cuda else 2
     rows: dict[str, Callable[[argparse.Namespace], Measured]] = {
-        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual, program.cores())}
+        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual, cores())}
     for workers in (2, 4, 8):
         rows[f"main.py, {workers} workers"] = lambda arguments, workers=workers: this_program(  # type: ignore[misc]
             arguments, batches="workers", workers=workers)
@@ -142,13 +143,14 @@ def profile(arguments: argparse.Namespace) -> tuple[str, int]:
     import torch
     from torch.profiler import ProfilerActivity
 
-    import main
     from config import Config
+    from model import Net
+    from training.parts import build
 
-    parts = main.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device"))
+    parts = build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device"), Net)
     on_gpu = parts.device.type == "cuda"
     steps = 100 if on_gpu else 10  # on a GPU with batches that are augmented many at once
-    batches = iter(main.make_batches(parts).shuffled("train", 0))
+    batches = iter(parts.batches().shuffled("train", 0))
     parts.net.train()
     for batch in islice(batches, WARM_UP):
         parts.step(*batch)

@@ -73,16 +73,16 @@ def test_what_cannot_be_plotted_is_one_line(run, tmp_path, pictures, capsys):
         target = other / source.relative_to(pictures)
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(source).rotate(90).save(target)
-    assert "are not those of run" in plot("--data-dir", str(other))
+    assert "was trained on: name their folder" in plot("--data-dir", str(other))
     (folder.parent / "9999-holiday").mkdir()  # newest by its name, and no run
-    assert "are not those of run" in plot("--data-dir", str(other))
+    assert "was trained on: name their folder" in plot("--data-dir", str(other))
     whole = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(whole.replace('"lr":', '"speed": 1, "lr":'))
-    assert "another version of this program" in plot("--data-dir", str(pictures))
+    (folder / "config.json").write_text(whole[:100])
+    assert "config.json is damaged" in plot("--data-dir", str(pictures))
     (folder / "config.json").write_text(whole)
     weights = folder / "final.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "can't be read, or holds no weights" in plot("--data-dir", str(pictures))
+    assert "is damaged, or holds no weights" in plot("--data-dir", str(pictures))
     (folder / "summary.json").unlink()
     assert "is no finished run" in plot(folder.name)
 

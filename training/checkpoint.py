@@ -232,18 +232,6 @@ def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
     write(path, len(header).to_bytes(8, "little") + header + data[8 + length:], durable=True)
 
 
-def load_weights(path: Path, net: nn.Module) -> None:
-    """Give `net` the weights that save_weights wrote. Raises UserError where they can't be read or are another network's."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        net.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise UserError(f"{path} can't be read, or holds no weights of the network in model.py "
-                        f"({str(error).splitlines()[0]})") from error
-
-
 def lock(folder: Path) -> IO[bytes]:
     """Mark a run as running for as long as the returned file is open and this process lives. Raises UserError when it
     is running already. The lock is the process's own: workers that outlive a killed parent don't hold it."""

@@ -20,6 +20,10 @@ TRAIN = """Train the network on CIFAR-10 and write what happened to logs/.
     python main.py compare                      runs side by side: what differs, and whether it is more than noise
     python main.py plot                         pictures of the newest finished run
 
+    python main.py test                         its accuracy, class by class, and its calibration
+    python main.py predict cat.jpg pictures/    what it takes images for
+    python main.py export --to onnx             a file for ONNX Runtime; or --to int8, or --to torch
+
 Read logs/model_accuracy.log, an aligned row an epoch, and logs/torch_summary.log, the network layer by layer.
 """
 SWEEP = """Train once for each combination of the values, and for each seed; then compare all runs.
@@ -42,6 +46,25 @@ receptive_field.png.
 
     python main.py plot                         the newest finished run
     python main.py plot RUN                     a folder's name under logs/runs, or a path
+"""
+TEST = """Accuracy, loss, calibration and each class's accuracy of trained weights on the test images of their run.
+
+    python main.py test                         the newest finished run
+    python main.py test logs/reference          the reference run
+    python main.py test RUN/best.safetensors --flip
+"""
+PREDICT = """What a trained network takes images for: files that Pillow reads, of any size and mode, and folders of them.
+
+    python main.py predict cat.jpg              by the newest finished run
+    python main.py predict pictures/ --run logs/reference --json
+"""
+EXPORT = """A trained network as one file that runs without this program, in the folder of its run. Input: image, uint8,
+N x 32 x 32 x 3, RGB. Output: logits. The normalization is inside. The file is loaded back and compared with the network on the
+test images before it is written.
+
+    python main.py export --to onnx             model.onnx, for ONNX Runtime
+    python main.py export --to int8             model.int8.onnx, in 8 bits, calibrated on training images
+    python main.py export --to torch RUN        model.pt2, for torch.export.load
 """
 FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "name", "pictures")  # one value for a whole sweep
 
@@ -125,20 +148,53 @@ def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
     return named
 
 
-def parse_plot(arguments: list[str]) -> tuple[str, str | None, str | None]:
-    """The log folder, the run that is named and the folder of the images, None where they are not. Raises UserError."""
-    parser = Parser("plot", PLOT)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="the run; the newest finished one if none is named")
-    for name in ("log_dir", "data_dir"):
+def parse_plot(arguments: list[str]) -> argparse.Namespace:
+    """run, log_dir, data_dir, device. Raises UserError."""
+    return _of_a_run("plot", PLOT, "log_dir", "data_dir", "device").parse_args(arguments)
+
+
+def parse_test(arguments: list[str]) -> argparse.Namespace:
+    """run, log_dir, data_dir, device, flip. Raises UserError."""
+    parser = _of_a_run("test", TEST, "log_dir", "data_dir", "device")
+    parser.add_argument("--flip", action="store_true", help="also with each image mirrored, reported apart")
+    return parser.parse_args(arguments)
+
+
+def parse_predict(arguments: list[str]) -> argparse.Namespace:
+    """images, run, log_dir, device, json, top. Raises UserError."""
+    parser = _of_a_run("predict", PREDICT, "log_dir", "device", run="--run")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of them")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="name the N most probable classes (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    asked = parser.parse_args(arguments)
+    if asked.top < 1:
+        raise UserError(f"top is {asked.top}, but must be 1 or more")
+    return asked
+
+
+def parse_export(arguments: list[str]) -> argparse.Namespace:
+    """run, log_dir, data_dir, to. Raises UserError."""
+    parser = _of_a_run("export", EXPORT, "log_dir", "data_dir")
+    parser.add_argument("--to", required=True, choices=("onnx", "torch", "int8"), help="the kind of file")
+    return parser.parse_args(arguments)
+
+
+def _of_a_run(verb: str, description: str, *settings: str, run: str = "run") -> Parser:
+    """A parser for what is done with a finished run; of the `settings`, those that are not given have Config's default."""
+    parser = Parser(verb, description)
+    how: dict[str, Any] = {} if run.startswith("-") else {"nargs": "?"}
+    parser.add_argument(run, metavar="RUN", **how, help="a folder's name under logs/runs, a path, or a .safetensors file; the "
+                        "newest finished run if none is named")
+    for name in settings:
         parser.add_setting(Config.__dataclass_fields__[name])
-    given = vars(parser.parse_args(arguments))
-    return given.get("log_dir", Config.log_dir), given["run"], given.get("data_dir")
+    parser.set_defaults(**{name: getattr(Config, name) for name in settings})
+    return parser
 
 
-def parse_compare(arguments: list[str]) -> tuple[str, list[str]]:
-    """The log folder, and the runs that are named. Raises UserError."""
+def parse_compare(arguments: list[str]) -> argparse.Namespace:
+    """runs, log_dir. Raises UserError."""
     parser = Parser("compare", COMPARE)
     parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder's name under logs/runs, or a path")
     parser.add_setting(Config.__dataclass_fields__["log_dir"])
-    given = vars(parser.parse_args(arguments))
-    return given.get("log_dir", Config.log_dir), given["runs"]
+    parser.set_defaults(log_dir=Config.log_dir)
+    return parser.parse_args(arguments)

@@ -199,7 +199,7 @@ def _list_files(root: Path) -> tuple[dict[str, list[tuple[str, int]]], tuple[str
         raise UserError(f"class {lone[0]} is in {root / there} only: every class needs a folder in both train and test")
     if len(classes["train"]) < 2:
         raise UserError(f"{root / 'train'} holds {len(classes['train'])} class folders, but training needs at least two")
-    digest = hashlib.sha256(f"{SIDE} {PIL.__version__}".encode())  # another decoder, another cache
+    digest = hashlib.sha256(f"{SIDE} {PIL.__version__} white".encode())  # another decoder, another cache
     files: dict[str, list[tuple[str, int]]] = {}
     for split in SPLITS:
         files[split] = []
@@ -250,18 +250,23 @@ def _write_cache(cache: Path, state: str, splits: tuple[Split, Split]) -> None:
 
 
 def decode(path: str) -> tuple[np.ndarray, bool]:
-    """The image of a PNG or JPEG file as uint8, 32 x 32 x 3, upright by its EXIF data, and whether it was resized.
-    Raises UserError naming a file that can't be read."""
+    """The image of a file as uint8, 32 x 32 x 3, upright by its EXIF data, transparent parts on white, and whether it was
+    resized. Of several frames the first. Raises UserError naming a file that can't be read."""
     try:
         with Image.open(path) as opened:
-            image: Image.Image = opened
-            if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright: Image.Image = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
+                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
+            elif upright.mode == "F":
+                raise ValueError("its pixels are floating-point numbers of an unknown range")
+            elif upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            upright = upright.convert("RGB")
             resized = upright.size != (SIDE, SIDE)
             return np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if resized else upright), resized
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise UserError(f"{path} is not a whole PNG or JPEG image ({error}): replace or remove it") from error
+        raise UserError(f"{path} is not a whole image ({error}): replace or remove it") from error
 
 
 def _decode_chunk(paths: list[str]) -> tuple[np.ndarray, int]:

@@ -117,32 +117,24 @@ def train_epoch(step: Step, batches: BatchStream, bar: tqdm) -> Result:
     return _finite(figures.result())
 
 
-@torch.no_grad()
 def test(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
     """The figures of the network in evaluation mode; the loss is plain cross-entropy. Raises Diverged when it is not
     finite."""
-    net.eval()
-    figures, autocast = Figures(device), _autocast(device)
-    for images, labels in batches:
-        images, labels = _move(images, labels, device)
-        with autocast:
-            logits = net(images)
-            loss = F.cross_entropy(logits, labels)
-        figures.add(loss, logits, labels)
-        figures.images += len(labels)
-    return _finite(figures.result())
+    logits, labels = predict(net, batches, device)
+    right = (logits.argmax(1) == labels).sum().item()
+    return _finite(Result(F.cross_entropy(logits, labels).item(), 100 * right / len(labels)))
 
 
 @torch.no_grad()
 def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The network's probabilities, float32 N x classes, and the true labels, int64 N, of all batches, on the CPU."""
+    """The network's logits, float32 N x classes, and the true labels, int64 N, of all batches, on the device."""
     net.eval()
     autocast, found = _autocast(device), []
     for images, labels in batches:
+        images, labels = _move(images, labels, device)
         with autocast:
-            logits = net(_move(images, labels, device)[0])
-        found.append((logits.float().softmax(1).cpu(), labels.cpu()))
-    return torch.cat([probabilities for probabilities, _ in found]), torch.cat([labels for _, labels in found])
+            found.append((net(images).float(), labels))
+    return torch.cat([logits for logits, _ in found]), torch.cat([labels for _, labels in found])
 
 
 def _move(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,22 @@
+"""A trained network as its users want it: pixels in, normalization inside."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Classifier(nn.Module):
+    """uint8 images N x 32 x 32 x 3, RGB, in; float32 logits N x classes out. The network is put into evaluation mode."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, net: nn.Module, mean: tuple[float, ...], deviation: tuple[float, ...]) -> None:
+        """`mean` and `deviation` are each channel's, as fractions of 255."""
+        super().__init__()
+        self.net = net.eval()
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(deviation).view(3, 1, 1)))
+
+    def forward(self, image: Tensor) -> Tensor:
+        # Channels first, so that mean and scale apply to whole planes, which is where runtimes are fast.
+        return self.net((image.permute(0, 3, 1, 2).float() - self.mean) * self.scale)

@@ -1,0 +1,79 @@
+"""Trained weights: found by the name of their run, and read with what is needed to use them."""
+
+import itertools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from config import UserError
+from training.images import Images
+from training.records import SUMMARY, find_runs, named_run
+
+FINAL = "final.safetensors"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A .safetensors file of a run. `mean` and `deviation` are each channel's, as fractions of 255; `config` is what the run's
+    config.json holds under that name."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    config: dict[str, Any]
+    fingerprint: str | None  # of the images trained on; None in files from before it was kept
+
+    def trained_on(self, images: Images) -> bool:
+        """Whether `images` are those that these weights were trained on, as far as can be told."""
+        if self.fingerprint:
+            return self.fingerprint == images.fingerprint()
+        pairs = zip((*self.mean, *self.deviation), itertools.chain(*images.statistics()), strict=True)
+        return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
+
+    def load_into(self, net: nn.Module) -> None:
+        """Give `net` these weights. Raises UserError where they are another network's."""
+        try:
+            net.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            said = " ".join(str(error).split())
+            raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
+                            f"({said[:200]}): undo the edits made since, or train anew") from error
+
+
+def find(log_dir: Path, name: str | None) -> Path:
+    """The weights of the run that a person calls `name`: those at its end, or the .safetensors file that is named itself; of
+    the newest finished run where `name` is None. Raises UserError."""
+    if name is None:
+        finished = (folder for folder in find_runs(log_dir) if (folder / SUMMARY).exists() and (folder / FINAL).exists())
+        folder = next(finished, None)
+        if folder is None:
+            raise UserError(f"there is no finished run in {log_dir / 'runs'}: train one, or name a run or a .safetensors file")
+        return folder / FINAL
+    if Path(name).suffix == ".safetensors":
+        if not Path(name).is_file():
+            raise UserError(f"there is no file {name}: name a run, or a .safetensors file of one")
+        return Path(name)
+    folder = named_run(log_dir, name)
+    if not ((folder / SUMMARY).exists() and (folder / FINAL).exists()):
+        raise UserError(f"{name} is no finished run: go on with it (--resume), or name another one")
+    return folder / FINAL
+
+
+def read(path: Path) -> Weights:
+    """The weights in a file that training.checkpoint.save_weights wrote. Raises UserError where it is damaged or foreign."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+        return Weights(path, tensors, tuple(about["class_names"]), tuple(about["mean"]), tuple(about["standard_deviation"]),
+                       dict(about["config"]), about.get("images"))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
+                        "anew") from error
