@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from training.images import SIDE
+
 
 class Classifier(nn.Module):
     """uint8 images N x 32 x 32 x 3, RGB, in; float32 logits N x classes out. The network is put into evaluation mode."""
@@ -14,9 +16,9 @@ class Classifier(nn.Module):
         """`mean` and `deviation` are each channel's, as fractions of 255."""
         super().__init__()
         self.net = net.eval()
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("scale", 1 / (255 * torch.tensor(deviation).view(3, 1, 1)))
+        # As large as an image, because runtimes are slow to spread three numbers over the pixels of channels-last memory.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(3, 1, 1).repeat(1, SIDE, SIDE))
+        self.register_buffer("scale", 1 / (255 * torch.tensor(deviation).view(3, 1, 1).repeat(1, SIDE, SIDE)))
 
     def forward(self, image: Tensor) -> Tensor:
-        # Channels first, so that mean and scale apply to whole planes, which is where runtimes are fast.
         return self.net((image.permute(0, 3, 1, 2).float() - self.mean) * self.scale)

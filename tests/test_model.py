@@ -155,3 +155,20 @@ def test_dropout_at_zero_is_absent():
 
 def test_logits_have_a_column_for_each_class():
     assert Net(num_classes=7)(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "weights", "statistics", "multiply_adds"), [
+    ("ResNet-8", 78_186, 480, 12_501_632), ("ResNet-20", 272_474, 1568, 40_813_184),
+    ("MobileNetV2 x0.5", 700_490, 18_544, 27_969_024), ("ShuffleNetV2 x0.5", 352_042, 7952, 10_902_016)])
+def test_the_networks_we_compare_with_are_the_published_ones(name, weights, statistics, multiply_adds):
+    """Published: 78,666 with BatchNorm's statistics and 12.5 M; 0.27 M and 40.81 M; 0.70 M and 27.97 M; 0.35 M and 10.90 M."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.peers import peers
+
+    net = peers()[name].net.eval()
+    assert sum(each.numel() for each in net.parameters()) == weights
+    assert sum(each.numel() for each in net.buffers() if each.dim()) == statistics
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, 3, 32, 32))
+    assert counter.get_total_flops() == 2 * multiply_adds
