@@ -71,6 +71,7 @@ class Config:
     threads: int = setting(0, "CPU threads that compute; 0: one for each core the program may use", low=0, high=1024)
     name: str = setting("", "a word put behind the date in the name of the run's folder")
     pictures: bool = setting(True, "draw pictures into the run's folder at its end; python main.py plot does so at any time")
+    tensorboard: bool = setting(False, "also write TensorBoard event files, into the run's folder")
     log_dir: str = setting("logs", "where model_accuracy.log, torch_summary.log and the runs' folders go")
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --he
     from training.records import Log
 
 REFERENCE = Path(__file__).parent / "logs" / "reference"
-BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # fits into 80 columns
+BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # both fit into 80 columns
+RUN_BAR = "{desc} |{bar:20}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 
 # ---------------------------------------------------------------- the command line
@@ -205,9 +206,12 @@ def train(config: Config, resumed: "Resumed | None" = None) -> None:
     """One run, new or resumed: its parts, its records, its epochs, its final files. Raises UserError, and what bugs
     raise, with a note on what is safe and how to go on."""
     from model import Net
+    from training.events import check_package
     from training.faults import named_faults
     from training.parts import build
 
+    if config.tensorboard:
+        check_package()
     with named_faults():
         parts = build(config, Net)
         log, checkpoints = open_records(parts, resumed)
@@ -223,6 +227,7 @@ def train(config: Config, resumed: "Resumed | None" = None) -> None:
         raise
     if parts.config.pictures:
         draw(parts, log.folder)
+    print("Next: python main.py test, predict IMAGE, export --to onnx; or compare, with other runs")
 
 
 def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Checkpoints"]:
@@ -258,10 +263,17 @@ def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Che
 
 def run_epochs(parts: "Parts", log: "Log", checkpoints: "Checkpoints") -> None:
     """The epochs, from the one that the scheduler is at to the last; after each a checkpoint and a row in the log."""
+    from tqdm import tqdm
+
+    from training.events import event_files, write_row
+
     print(log.header(), flush=True)
-    with contextlib.closing(parts.batches()) as batches:
-        for epoch in range(parts.scheduler.last_epoch, parts.config.epochs):
-            last = epoch == parts.config.epochs - 1
+    first, epochs = parts.scheduler.last_epoch, parts.config.epochs
+    with (contextlib.closing(parts.batches()) as batches, event_files(parts.config.tensorboard, log.folder, first) as events,
+          tqdm(total=epochs, initial=first, desc="run", unit=" epochs", disable=None if epochs > 1 else True, leave=False,
+               dynamic_ncols=True, bar_format=RUN_BAR) as bar):
+        for epoch in range(first, epochs):
+            last = epoch == epochs - 1
             row = run_epoch(parts, batches, epoch, last)
             best = "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in log.rows)
             log.rows.append(row)
@@ -269,7 +281,10 @@ def run_epochs(parts: "Parts", log: "Log", checkpoints: "Checkpoints") -> None:
                 save(parts, log, "best.safetensors")
             checkpoints.epoch_ended(parts.state(), log, last)
             log.update()
-            print(log.last_row(), flush=True)
+            write_row(events, row)
+            with bar.external_write_mode():  # above the bars
+                print(log.last_row(), flush=True)
+            bar.update()
 
 
 def run_epoch(parts: "Parts", batches: "Batches | DeviceBatches", epoch: int, last: bool) -> dict[str, float]:

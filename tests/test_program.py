@@ -59,7 +59,8 @@ def test_a_run_leaves_the_files_of_the_design(run, tmp_path):
     assert frame["epoch"].tolist() == [0, 1]
     for path in folder.glob("*.*"):
         assert str(tmp_path).encode() not in path.read_bytes() or path.suffix == ".pt"
-    assert out.splitlines()[-1] == f"Everything is in {folder}"
+    assert out.splitlines()[-2] == f"Everything is in {folder}"
+    assert out.splitlines()[-1].startswith("Next: python main.py test")
 
 
 def test_the_final_weights_load_in_three_lines_and_give_the_logged_accuracy(run, tmp_path, pictures):
@@ -170,12 +171,12 @@ def test_a_log_folder_that_is_a_file(run, tmp_path):
 
 
 def test_an_error_of_the_machine_is_one_line(run, monkeypatch):
-    from training import images
+    from training import parts
 
     def failing(*_):
         raise OSError(5, "Input/output error", "disk")
 
-    monkeypatch.setattr(images, "load", failing)
+    monkeypatch.setattr(parts, "load", failing)
     status, _, err = run()
     assert status == 2
     assert "Input/output error: 'disk'" in one_line(err)

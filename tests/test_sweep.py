@@ -107,12 +107,14 @@ def test_a_run_that_diverges_does_not_end_the_sweep(sweep, tmp_path):
 
 def test_a_demonstration_can_be_swept_and_repeated(tmp_path, capsys, monkeypatch):
     import training.images
+    import training.parts
     from config import Config
 
     whole = training.images.synthetic()
     train, test = (training.images.Split(split.images[:64], split.labels[:64]) for split in (whole.train, whole.test))
     few = dataclasses.replace(whole, train=train, test=test)
     monkeypatch.setattr(training.images, "load", lambda *_: few)
+    monkeypatch.setattr(training.parts, "load", lambda *_: few)
     for finished in (0, 1):
         assert main.main(["sweep", "--log-dir", str(tmp_path), "--data-dir", str(tmp_path / "none"), *SMALL]) == 0
         assert capsys.readouterr().out.count("is finished") == finished

@@ -1,9 +1,5 @@
 """The Albumentations policies for training and test images, made from the config."""
 
-import os
-
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # read at import: without it each start asks the network for news
-
 import albumentations as A
 import cv2
 

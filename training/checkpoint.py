@@ -23,7 +23,7 @@ from training.records import SUMMARY, TEMPORARY, Log, find_runs, named_run, sync
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
-MOVABLE = {"workers", "data_dir", "log_dir", "device", "threads"}  # settings that may change when a run is resumed
+MOVABLE = {"workers", "data_dir", "log_dir", "device", "threads", "pictures", "tensorboard"}  # what may change in a resumed run
 INTERVAL = 10.0  # seconds between writes, so that a GPU's short epochs don't spend their time on them
 LOCK = ".lock"
 DIGEST = hashlib.sha256().digest_size

@@ -17,7 +17,7 @@ from training.records import PLACES, Run, find_runs, named_run, read_run, write
 
 LEVEL = 0.05
 # What changes no result, or only as another seed does, tells no two runs apart.
-SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures", "dataset")
+SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures", "tensorboard", "dataset")
 NETWORK = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
 
 

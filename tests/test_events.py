@@ -1,0 +1,38 @@
+"""--tensorboard: event files with the figures of the log."""
+
+import sys
+
+import pytest
+from conftest import at_epoch, one_line, raising
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_program import only_run
+
+from training.records import find_runs, read_run
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    return {name: [(each.step, each.value) for each in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_event_files_hold_the_rows_also_of_a_resumed_run(run, tmp_path, monkeypatch):
+    at_epoch(monkeypatch, 2, raising(KeyboardInterrupt()))
+    assert run("--epochs", "3", "--validation", "9", "--tensorboard")[0] == 130
+    assert run("--resume")[0] == 0
+    rows = read_run(only_run(tmp_path)).rows
+    found = scalars(only_run(tmp_path))
+    assert set(found) == {"lr", "seconds", *(f"{figure}/{split}" for figure in ("loss", "accuracy")
+                                             for split in ("train", "val", "test"))}
+    assert found["accuracy/val"] == [(row["epoch"], pytest.approx(row["val_acc"], abs=0.005)) for row in rows]
+    assert found["loss/test"] == [(2, pytest.approx(rows[2]["test_loss"], abs=5e-5))]  # looked at once, at the end
+
+
+def test_without_the_package_one_line_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = run("--epochs", "1", "--tensorboard")
+    assert status == 2
+    assert "--tensorboard needs the package tensorboard: python -m pip install tensorboard" in one_line(err)
+    assert not find_runs(tmp_path / "logs")
+    assert run("--epochs", "1")[0] == 0
+    assert not list(only_run(tmp_path).glob("events*"))

@@ -1,0 +1,32 @@
+"""CIFAR10.ipynb, run from its first cell to its last on the built-in set."""
+
+import shutil
+
+import nbformat
+from conftest import NO_NETWORK, ROOT
+from nbclient import NotebookClient
+
+
+def test_the_notebook_runs_and_shows_the_pictures(tmp_path, monkeypatch):
+    for name in ("config.py", "main.py", "model.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("training", "inference", "logs/reference"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name, value in NO_NETWORK.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(ROOT / "CIFAR10.ipynb", as_version=4)
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    settings.source = 'SETTINGS = ["--epochs", "1", "--dataset", "synthetic", "--threads", "1", "--device", "cpu"]'
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    text = "".join(output.get("text", "") for output in outputs)
+    for words in ("Final test accuracy", "# run: ", "expected calibration error", "with each image also mirrored",
+                  "differs from the reference"):
+        assert words in text
+    assert not any(output.get("name") == "stderr" for output in outputs), outputs
+
+
+def test_the_notebook_is_committed_without_outputs():
+    notebook = nbformat.read(ROOT / "CIFAR10.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
