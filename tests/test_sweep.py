@@ -118,4 +118,4 @@ def test_a_demonstration_can_be_swept_and_repeated(tmp_path, capsys, monkeypatch
     for finished in (0, 1):
         assert main.main(["sweep", "--log-dir", str(tmp_path), "--data-dir", str(tmp_path / "none"), *SMALL]) == 0
         assert capsys.readouterr().out.count("is finished") == finished
-    assert len(read_run(find_runs(tmp_path)[0]).rows) == main.DEMONSTRATION_EPOCHS < Config().epochs
+    assert len(read_run(find_runs(tmp_path)[0]).rows) == training.parts.DEMONSTRATION_EPOCHS < Config().epochs

@@ -145,10 +145,10 @@ class Log:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    """A header row and one aligned row an epoch."""
+    """A header row and one aligned row an epoch: with all columns just the 80 characters of a terminal's line."""
     cells = [columns, *([format(row[name], FORMATS[name]) for name in columns] for row in rows)]
-    widths = [max(9, len(name)) for name in columns]
-    return "".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n" for line in cells)
+    widths = [8 if name in ("lr", "seconds") else len(name) for name in columns]
+    return "".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n" for line in cells)
 
 
 def comments(name: str, record: dict[str, Any]) -> list[str]:
