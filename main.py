@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from config import Config, UserError
 from training import commands
 
 if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
-    from inference.weights import Weights
     from training.batches import Batches
     from training.checkpoint import Checkpoints, Resumed
     from training.device_batches import DeviceBatches
@@ -36,11 +34,17 @@ def main(arguments: list[str]) -> int:
     try:
         from training.faults import Stopped
         try:
-            verb, rest = (arguments[0], arguments[1:]) if arguments[:1] and arguments[0] in VERBS else ("", arguments)
-            if verb:
-                VERBS[verb](getattr(commands, f"parse_{verb}")(rest))
+            verb, rest = arguments[:1], arguments[1:]
+            if verb == ["sweep"]:
+                sweep(commands.parse_sweep(rest))
+            elif verb == ["compare"]:
+                compare(commands.parse_compare(rest))
+            elif verb == ["plot"]:
+                plot(commands.parse_plot(rest))
+            elif verb in (["test"], ["predict"], ["export"]):
+                use(verb[0], getattr(commands, f"parse_{verb[0]}")(rest))
             else:
-                train_or_resume(*commands.parse(rest))
+                train_or_resume(*commands.parse(arguments))
         except Stopped as stop:
             return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
     except (UserError, OSError) as error:  # an OSError that nobody foresaw is still the machine's, and names its file
@@ -117,87 +121,21 @@ def compare(asked: Namespace) -> None:
     compare_runs(asked.log_dir, asked.runs, REFERENCE)
 
 
-# ---------------------------------------------------------------- a finished run
-
 def plot(asked: Namespace) -> None:
     """`python main.py plot`: the pictures of a finished run, from its weights and its images."""
-    weights, parts = trained(asked)
+    from inference.verbs import trained
+    from model import Net
+
+    weights, parts = trained(asked, Net)
     draw(parts, weights.path.parent)
 
 
-def test(asked: Namespace) -> None:
-    """`python main.py test`: what trained weights are worth on the test images of their run."""
-    from inference.test import report
-
-    weights, parts = trained(asked)
-    with contextlib.closing(parts.batches()) as batches:
-        print(f"{weights.path} on the {len(parts.images.test):,} test images of {parts.config.dataset}:\n"
-              + report(parts.net, batches, parts.device, weights.class_names, asked.flip))
-
-
-def predict(asked: Namespace) -> None:
-    """`python main.py predict`: what a trained network takes images for."""
-    from inference import weights
-    from inference.classifier import Classifier
-    from inference.predict import as_json, as_text, image_files, predictions
+def use(verb: str, asked: Namespace) -> None:
+    """`python main.py test`, `predict` or `export`: a trained network put to use."""
+    from inference import verbs
     from model import Net
-    from training.loop import find_device
 
-    files, device = image_files(asked.images), find_device(asked.device)
-    found = weights.read(weights.find(Path(asked.log_dir), asked.run))
-    net = Net(len(found.class_names), found.config["dropout"])
-    found.load_into(net)
-    classifier, unreadable = Classifier(net, found.mean, found.deviation).to(device), list[UserError]()
-    predicted = predictions(files, classifier, found.class_names, device, unreadable)
-    if asked.json:
-        print(as_json(list(predicted), asked.top))
-    else:
-        for path, prediction in predicted:
-            print(as_text(path, prediction, asked.top))
-    if unreadable:
-        others = f", and {len(unreadable) - 1:,} more of {len(files):,} files" if len(unreadable) > 1 else ""
-        raise UserError(f"{unreadable[0]}{others}")
-
-
-def export(asked: Namespace) -> None:
-    """`python main.py export`: a trained network as one file that runs without this program."""
-    from inference.classifier import Classifier
-    from inference.export import FILES, check_packages
-    from inference.export import export as make
-    from training.loop import predict
-    from training.records import write
-
-    check_packages(asked.to)
-    weights, parts = trained(Namespace(**vars(asked), device="cpu"))
-    with contextlib.closing(parts.batches()) as batches:
-        logits, _ = predict(parts.net, batches.in_order("test"), parts.device)
-    data, comparison = make(asked.to, Classifier(parts.net, weights.mean, weights.deviation), weights.class_names,
-                            parts.images.train, parts.images.test, logits)
-    path = weights.path.parent / FILES[asked.to]
-    write(path, data, durable=True)
-    print(f"{path}: {len(data):,} bytes\n{comparison}")
-
-
-def trained(asked: Namespace) -> "tuple[Weights, Parts]":
-    """The weights that are asked for, and the parts of their run with these weights and on the device that is asked for. Raises
-    UserError, also where the images are not those that the weights were trained on."""
-    from inference import weights
-    from model import Net
-    from training.checkpoint import config_of
-    from training.parts import build
-
-    found = weights.read(weights.find(Path(asked.log_dir), asked.run))
-    here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto"}
-    parts = build(config_of({"config": found.config | here}, {}, found.path.parent), Net)
-    if not found.trained_on(parts.images):
-        raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
-                        "with --data-dir")
-    found.load_into(parts.net)
-    return found, parts
-
-
-VERBS: dict[str, Callable[[Any], None]] = {
-    "sweep": sweep, "compare": compare, "plot": plot, "test": test, "predict": predict, "export": export}
+    getattr(verbs, verb)(asked, Net)
 
 
 # ---------------------------------------------------------------- a run

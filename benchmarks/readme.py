@@ -68,7 +68,8 @@ def updated(text: str) -> str:
     """The README `text` with every table made anew."""
     tables = {"rows": first_rows(), "log": log_table(), "stages": stage_table(), "training speed": result("training_speed"),
               "training profile": result("training_profile"), "same training": result("same_training"),
-              "checkpoint overhead": result("checkpoint_overhead")}
+              "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
+              "inference profile": result("inference_profile")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]

@@ -1,13 +1,14 @@
 """python main.py export: files that load elsewhere and give what the network gives."""
 
 import json
+import re
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import one_line
+from conftest import ROOT, one_line
 from test_program import only_run
 from torch import nn
 
@@ -67,6 +68,12 @@ def test_an_exported_network_is_the_network(exported, tmp_path, pictures, to):
         def run(images):
             return program.module()(torch.from_numpy(images)).detach().numpy()
     images = load("folder", str(pictures)).test.images
+    if to == "onnx":  # the README's lines
+        lines = next(block for block in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+                     if "onnxruntime" in block).replace("model.onnx", str(path))
+        names = {"images": images}
+        exec(lines, names)
+        np.testing.assert_array_equal(names["logits"], run(images))
     for count in (1, 7, 24):
         found = run(images[:count])
         assert found.shape == (count, 3)

@@ -22,7 +22,8 @@ def test_the_readmes_tables_are_what_the_logs_and_the_network_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.updated(text) == text
     assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["rows", "log", "stages", "training speed", "training profile",
-                                                           "same training", "checkpoint overhead"]
+                                                           "same training", "checkpoint overhead", "inference",
+                                                           "inference profile"]
 
 
 def test_a_changed_figure_would_be_noticed():
@@ -55,7 +56,7 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    assert {path.name for path in REFERENCE.iterdir() if path.suffix != ".png"} == {
+    assert {path.name for path in REFERENCE.iterdir() if path.suffix not in (".png", ".onnx", ".pt2")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
 
@@ -66,7 +67,7 @@ def test_no_committed_log_holds_an_absolute_path():
 
 def test_the_readmes_three_lines_load_the_weights():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "load_file" in block)
     assert len(code.splitlines()) == 3
     scope: dict = {}
     exec(code.replace("logs/reference", str(REFERENCE)), scope)
@@ -93,5 +94,5 @@ def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar
 
 def test_the_readme_names_every_folder_and_file_there_is():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("[!_]*.py")):
+    for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("[!_]*.py"), *(ROOT / "inference").glob("[!_]*.py")):
         assert f"{path.name} " in text
