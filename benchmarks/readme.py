@@ -1,10 +1,12 @@
-"""Write the README's tables anew from what they report: the reference log, the network, the results of the benchmarks.
+"""Write the tables of README.md and LEARNINGS.md anew from what they report: the reference log, the network, the results of the
+benchmarks, the comparison of runs.
 
     python benchmarks/readme.py
 
 Each table stands between two comments that name it. A test fails when one is not what this would write.
 """
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from model import Net, convolutions  # noqa: E402 (after the path is set)
+from training.comparison import LEVEL  # noqa: E402
 from training.records import read_run  # noqa: E402
 
 # train and test accuracy of the published run of this network, by epoch
@@ -64,12 +67,30 @@ def result(name: str) -> str:
     return "```\n" + (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text().rstrip() + "\n```"
 
 
+def changes_table(name: str) -> str:
+    """What a sweep with --one-at-a-time found, from the experiments.csv that its `compare` wrote: each row beside that of the
+    unchanged settings."""
+    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    base = next(row for row in rows if any(other["compared_with"] == row["run"] for other in rows))
+    common = set(base["differs"].split(", "))
+    lines = ["| change | seeds | train % | validation % | difference | |", "|---|---:|---:|---:|---:|---|",
+             f"| none | {base['count']} | {float(base['train_acc']):.2f} | {float(base['val_acc']):.2f} | | |"]
+    found = [row for row in rows if row["compared_with"] == base["run"]]
+    for row in sorted(found, key=lambda row: -float(row["difference"])):
+        parts = [part for part in row["differs"].split(", ") if part not in common and not part.startswith("model.py")]
+        verdict = "more than noise" if float(row["corrected_p"]) <= LEVEL else "noise"
+        lines.append(f"| {', '.join(parts)} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} | "
+                     f"{float(row['difference']):+.2f} ± {float(row['standard_error']):.2f} | {verdict} |")
+    return "\n".join(lines)
+
+
 def updated(text: str) -> str:
-    """The README `text` with every table made anew."""
+    """The `text` of README.md or LEARNINGS.md with every table made anew."""
     tables = {"rows": first_rows(), "log": log_table(), "stages": stage_table(), "training speed": result("training_speed"),
               "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
-              "inference profile": result("inference_profile")}
+              "inference profile": result("inference_profile"), "single changes": changes_table("single_changes")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]
@@ -77,5 +98,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(updated(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in (ROOT / "README.md", ROOT / "LEARNINGS.md"):
+        document.write_text(updated(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from training.images import SIDE
+from training.shapes import SIDE
 
 
 class Classifier(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from config import UserError
 from inference.classifier import Classifier
-from training.images import SIDE, Split
+from training.images import Split
+from training.shapes import SIDE
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2", "int8": "model.int8.onnx"}
 ONNX = ("onnx", "onnxscript", "onnxruntime")

@@ -1,7 +1,6 @@
 """What a network takes image files for: of any size, mode and orientation."""
 
 import json
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from config import UserError
 from inference.classifier import Classifier
-from training.images import SIDE, decode
+from training.decoding import decode, tell_resized
 
 AT_ONCE = 256  # images
 Prediction = list[tuple[str, float]]  # classes and their probabilities, the most probable first
@@ -62,8 +61,7 @@ def predictions(files: Sequence[Path], classifier: Classifier, class_names: Sequ
                 for (path, _), row in zip(images, probabilities, strict=True):
                     yield path, [(class_names[label], row[label].item()) for label in row.argsort(descending=True).tolist()]
             bar.update(len(chunk))
-    if resized:
-        print(f"{resized:,} of {len(files):,} images had another size and were resized to {SIDE}x{SIDE}", file=sys.stderr)
+    tell_resized(resized, len(files))
 
 
 def _decoded(path: Path) -> tuple[np.ndarray, bool] | UserError:

@@ -6,8 +6,9 @@ from conftest import NO_NETWORK, write_folder
 from PIL import Image
 
 from config import UserError
-from training import images
-from training.images import Images, decode, folder, load, synthetic
+from training import decoding, images
+from training.decoding import decode
+from training.images import Images, folder, load, synthetic
 
 
 def assert_whole(data: Images, classes: int):
@@ -80,7 +81,7 @@ def test_a_folder_gives_the_same_thing(pictures):
 def test_the_cache_is_used_until_the_folder_changes(tmp_path, monkeypatch):
     root = write_folder(tmp_path, 2, 1)
     before = folder(root)
-    monkeypatch.setattr(images, "_decode_all", lambda paths: pytest.fail("decoded again"))
+    monkeypatch.setattr(images, "decode_all", lambda paths: pytest.fail("decoded again"))
     assert folder(root).fingerprint() == before.fingerprint()
     monkeypatch.undo()
 
@@ -114,7 +115,7 @@ def test_many_files_are_decoded_by_several_processes_alike(tmp_path, monkeypatch
     root = write_folder(tmp_path, 4, 2)
     alone = folder(root)
     (root / ".cache.npz").unlink()
-    monkeypatch.setattr(images, "ALONE", 0)
+    monkeypatch.setattr(decoding, "ALONE", 0)
     assert folder(root).fingerprint() == alone.fingerprint()
 
 
@@ -135,7 +136,7 @@ def test_other_files_are_left_out_with_a_notice(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("mode", "value", "expected"), [
-    ("L", 100, (100, 100, 100)), ("RGBA", (1, 2, 3, 128), (1, 2, 3)), ("P", 0, (0, 0, 0)), ("1", 1, (255, 255, 255)),
+    ("L", 100, (100, 100, 100)), ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("RGBA", (1, 2, 3, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)), ("1", 1, (255, 255, 255)),
     ("I;16", 65535, (255, 255, 255)), ("I;16", 256 * 40, (40, 40, 40))])
 def test_every_mode_of_png_becomes_rgb(tmp_path, mode, value, expected):
     path = tmp_path / "image.png"

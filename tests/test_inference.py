@@ -19,7 +19,7 @@ from inference.classifier import Classifier
 from inference.test import expected_calibration_error, figures, report
 from model import Net
 from training.checkpoint import save_weights
-from training.images import decode
+from training.decoding import decode
 from training.records import read_run
 
 

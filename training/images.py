@@ -3,16 +3,11 @@
 import dataclasses
 import hashlib
 import math
-import multiprocessing
 import os
 import secrets
-import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -20,15 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
 from config import UserError
+from training.decoding import decode_all
 from training.shapes import KINDS, SIDE, draw
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 SPLITS = ("train", "test")
-ALONE = 5000  # files; fewer are decoded sooner than other processes start
 
 
 @dataclass(frozen=True)
@@ -182,7 +175,7 @@ def folder(root: Path) -> Images:
     cache = root / ".cache.npz"
     splits = _read_cache(cache, state)
     if splits is None:
-        images = _decode_all([path for split in SPLITS for path, _ in files[split]])
+        images = decode_all([path for split in SPLITS for path, _ in files[split]])
         labels = np.array([label for split in SPLITS for _, label in files[split]], dtype=np.int64)
         border = len(files["train"])
         splits = Split(images[:border], labels[:border]), Split(images[border:], labels[border:])
@@ -247,61 +240,6 @@ def _write_cache(cache: Path, state: str, splits: tuple[Split, Split]) -> None:
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-
-
-def decode(path: str) -> tuple[np.ndarray, bool]:
-    """The image of a file as uint8, 32 x 32 x 3, upright by its EXIF data, transparent parts on white, and whether it was
-    resized. Of several frames the first. Raises UserError naming a file that can't be read."""
-    try:
-        with Image.open(path) as opened:
-            upright: Image.Image = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
-                upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-            elif upright.mode == "F":
-                raise ValueError("its pixels are floating-point numbers of an unknown range")
-            elif upright.has_transparency_data:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-            upright = upright.convert("RGB")
-            resized = upright.size != (SIDE, SIDE)
-            return np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if resized else upright), resized
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise UserError(f"{path} is not a whole image ({error}): replace or remove it") from error
-
-
-def _decode_chunk(paths: list[str]) -> tuple[np.ndarray, int]:
-    decoded = [decode(path) for path in paths]
-    return np.stack([image for image, _ in decoded]), sum(resized for _, resized in decoded)
-
-
-def _decode_all(paths: list[str]) -> np.ndarray:
-    """uint8, N x 32 x 32 x 3. Several processes where there is enough work to pay for starting them."""
-    chunks = [paths[i:i + 16] for i in range(0, len(paths), 16)]
-    with tqdm(total=len(paths), desc="decoding", unit="image", disable=None, leave=False) as bar:
-        if len(paths) < ALONE:
-            done = _watch(map(_decode_chunk, chunks), bar)
-        else:
-            # Ctrl-C is the parent's to answer; it then waits for the chunks at work, and drops the others.
-            pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
-                                       initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-            try:
-                done = _watch(pool.map(_decode_chunk, chunks), bar)
-            except BrokenProcessPool as error:
-                raise UserError("a process that decoded images was killed, most likely because memory ran out") from error
-            finally:
-                pool.shutdown(cancel_futures=True)
-    resized = sum(count for _, count in done)
-    if resized:
-        print(f"{resized:,} of {len(paths):,} images had another size and were resized to 32x32", file=sys.stderr)
-    return np.concatenate([images for images, _ in done])
-
-
-def _watch(results: Iterable[tuple[np.ndarray, int]], bar: tqdm) -> list[tuple[np.ndarray, int]]:
-    done = []
-    for result in results:
-        done.append(result)
-        bar.update(len(result[0]))
-    return done
 
 
 # ---------------------------------------------------------------- the built-in set
