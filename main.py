@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import io
 import math
 import os
 import sys
@@ -126,6 +127,8 @@ def plot(asked: Namespace) -> None:
     from inference.verbs import trained
     from model import Net
 
+    if asked.run and asked.run.endswith(".safetensors"):
+        raise UserError(f"{asked.run} is no run: pictures are drawn of a run; name its folder")
     weights, parts = trained(asked, Net)
     draw(parts, weights.path.parent)
 
@@ -286,6 +289,8 @@ def save(parts: "Parts", log: "Log", name: str) -> None:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
     status = main(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a closed pipe, a full disk: main() has said so

@@ -6,9 +6,10 @@ import importlib.util
 import io
 import json
 import logging
+import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,25 @@ from torch import Tensor
 
 from config import UserError
 from inference.classifier import Classifier
+from inference.onnx_session import Run, session, session_runner
 from training.images import Split
 from training.shapes import SIDE
 
-FILES = {"onnx": "model.onnx", "torch": "model.pt2", "int8": "model.int8.onnx"}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "int8": ".int8.onnx"}
 ONNX = ("onnx", "onnxscript", "onnxruntime")
+INSTALL = f"python -m pip install {' '.join(ONNX)}"
 OPSET = 18  # of ONNX: the lowest that torch's exporter writes
 LOGITS_BOUND = 1e-4  # by how much an exported float network's logits may differ
 INT8_BOUND = 0.5  # points of accuracy that int8 may lose
 CALIBRATION = 1000  # training images that show the quantizer the ranges of the activations
 AT_ONCE = 500  # images
-Run = Callable[[np.ndarray], np.ndarray]  # uint8 N x 32 x 32 x 3 -> float32 logits N x classes
 
 
 def check_packages(to: str) -> None:
     """Raise UserError where a package that the export needs is missing."""
     missing = [name for name in ONNX if to != "torch" and importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {to} needs the package {' and '.join(missing)}: python -m pip install {' '.join(ONNX)}")
+        raise UserError(f"--to {to} needs the package {' and '.join(missing)}: {INSTALL}")
 
 
 def export(to: str, classifier: Classifier, class_names: Sequence[str], train: Split, test: Split,
@@ -43,18 +45,21 @@ def export(to: str, classifier: Classifier, class_names: Sequence[str], train: S
     """The file that `to` names, after it was loaded back and compared, on the test images, with the `logits` (float32
     N x classes, on the CPU) that the network itself gives; and a line on how near it is. Raises UserError where the network
     can't be exported, or the comparison fails."""
-    with quiet():
-        try:
+    try:
+        with quiet():
             folded = fold(classifier)
             data = as_torch(folded, class_names) if to == "torch" else as_onnx(folded, class_names)
-        except Exception as error:  # the exporters raise nearly anything on a network they can't follow
-            said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise UserError(f"the network in model.py can't be exported ({said[:200]}): undo the edits that made it so, or use "
-                            "it from Python") from error
-        if to == "int8":
-            data = as_int8(data, calibration(train, CALIBRATION))
-        run = torch_runner(data) if to == "torch" else onnx_runner(data)
-        found = np.concatenate([run(test.images[start:start + AT_ONCE]) for start in range(0, len(test), AT_ONCE)])
+            if to == "int8":
+                data = as_int8(data, calibration(train, CALIBRATION))
+            run = torch_runner(data) if to == "torch" else session_runner(session(data))
+            found = np.concatenate([run(test.images[start:start + AT_ONCE]) for start in range(0, len(test), AT_ONCE)])
+    except OSError:  # a full disk
+        raise
+    except ImportError as error:
+        raise UserError(f"a package that --to {to} needs can't be loaded ({error}): {INSTALL}") from error
+    except Exception as error:  # the exporters raise nearly anything on a network they can't follow
+        raise UserError(f"the network in model.py can't be exported ({_reason(error)}): undo the edits that made it so, or use "
+                        "it from Python") from error
     apart = float(np.abs(found - logits.numpy()).max())
     before, after = (100 * float((each.argmax(1) == test.labels).mean()) for each in (logits.numpy(), found))
     said = (f"accuracy {after:.2f} % on {len(test):,} test images, of the network itself {before:.2f} %; "
@@ -65,6 +70,14 @@ def export(to: str, classifier: Classifier, class_names: Sequence[str], train: S
         raise UserError(f"the exported network is not the same, its logits should differ by at most {LOGITS_BOUND}: {said}; "
                         "no file was written")
     return data, said
+
+
+def _reason(error: BaseException) -> str:
+    """What an exporter stumbled on: the first line of the error behind all others, without colours."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (said.splitlines() or [type(error).__name__])[0][:200]
 
 
 @contextlib.contextmanager
@@ -129,7 +142,8 @@ def as_onnx(folded: Classifier, class_names: Sequence[str]) -> bytes:
 def calibration(train: Split, count: int) -> np.ndarray:
     """The first images of each class, equally many: uint8, about `count` x 32 x 32 x 3."""
     classes = np.unique(train.labels)
-    return train.images[np.concatenate([np.flatnonzero(train.labels == label)[:count // len(classes)] for label in classes])]
+    share = max(1, count // len(classes))
+    return train.images[np.concatenate([np.flatnonzero(train.labels == label)[:share] for label in classes])]
 
 
 def as_int8(model: bytes, images: np.ndarray) -> bytes:
@@ -137,7 +151,7 @@ def as_int8(model: bytes, images: np.ndarray) -> bytes:
     weights, and one for each activation from its least and greatest value on `images` (uint8 N x 32 x 32 x 3).
 
     Weights take 7 bits: processors without VNNI instructions add two products of 8 bits in 16, which overflows (ONNX Runtime's
-    documentation on quantization, "reduce_range"; here it costs 8 points of accuracy).
+    documentation on quantization, "reduce_range").
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantType, quantize_static
@@ -160,16 +174,6 @@ def as_int8(model: bytes, images: np.ndarray) -> bytes:
                         reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
                         nodes_to_exclude=normalization)  # the network's input is rounded once, after it
         return made.read_bytes()
-
-
-def onnx_runner(model: bytes, threads: int = 0) -> Run:
-    """The ONNX model, on the CPU; `threads` 0 is as many as there are cores."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"image": images})[0]
 
 
 def torch_runner(program: bytes) -> Run:

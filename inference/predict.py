@@ -8,27 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
 from inference.classifier import Classifier
 from training.decoding import decode, tell_resized
+from training.parts import cores
 
+SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # what is looked for in folders
 AT_ONCE = 256  # images
 Prediction = list[tuple[str, float]]  # classes and their probabilities, the most probable first
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The files that `names` name: files as they are, and of a folder those in it and below it that are images by their suffix.
-    Raises UserError for what isn't there, and a folder without images."""
-    Image.init()
-    suffixes = Image.registered_extensions()
+    """The files that `names` name: files as they are, and of a folder those in it and below it that are images by their suffix,
+    but for hidden ones. Raises UserError for what isn't there, and a folder without images."""
     files: list[Path] = []
-    for path in map(Path, names):
+    for name in names:
+        path = Path(name)
+        if not name:
+            raise UserError("the name of an image is empty")
         if path.is_dir():
-            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in suffixes and each.is_file())
+            inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES and each.is_file()
+                            and not any(part.startswith(".") for part in each.relative_to(path).parts))
             if not inside:
                 raise UserError(f"{path} holds no image files")
             files += inside
@@ -44,7 +47,8 @@ def predictions(files: Sequence[Path], classifier: Classifier, class_names: Sequ
     """Each file with what `classifier`, on `device`, takes it for. A file that can't be read is left out and its error added to
     `unreadable`. Says in one line on stderr how many had to be resized."""
     resized = 0
-    with (ThreadPoolExecutor() as pool, warnings.catch_warnings(action="ignore"),  # Pillow's, of large images and odd metadata
+    with (ThreadPoolExecutor(min(8, cores())) as pool,  # a large image takes 300 MB while it is decoded
+           warnings.catch_warnings(action="ignore"),  # Pillow's, of large images and odd metadata
           tqdm(total=len(files), desc="predicting", unit="image", disable=None if len(files) > AT_ONCE else True,
                leave=False) as bar):
         for start in range(0, len(files), AT_ONCE):

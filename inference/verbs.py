@@ -6,6 +6,7 @@ from contextlib import closing
 from pathlib import Path
 
 from torch import nn
+from tqdm import tqdm
 
 from config import UserError
 from inference import weights
@@ -25,7 +26,8 @@ def trained(asked: Namespace, make_net: MakeNet) -> tuple[weights.Weights, Parts
     """The weights that are asked for, and the parts of their run with these weights and on the device that is asked for. Raises
     UserError, also where the images are not those that the weights were trained on."""
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
-    here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto"}
+    here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
+            "capture": False}
     parts = build(config_of({"config": found.config | here}, {}, found.path.parent), make_net)
     if not found.trained_on(parts.images):
         raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
@@ -54,7 +56,8 @@ def predict(asked: Namespace, make_net: MakeNet) -> None:
         print(as_json(list(predicted), asked.top))
     else:
         for path, prediction in predicted:
-            print(as_text(path, prediction, asked.top))
+            with tqdm.external_write_mode():  # above the bar
+                print(as_text(path, prediction, asked.top))
     if unreadable:
         others = f", and {len(unreadable) - 1:,} more of {len(files):,} files" if len(unreadable) > 1 else ""
         raise UserError(f"{unreadable[0]}{others}")
@@ -70,6 +73,7 @@ def export(asked: Namespace, make_net: MakeNet) -> None:
         logits, _ = logits_of(parts.net, batches.in_order("test"), parts.device)
     data, comparison = exporting.export(asked.to, Classifier(parts.net, found.mean, found.deviation), found.class_names,
                                         parts.images.train, parts.images.test, logits)
-    path = found.path.parent / exporting.FILES[asked.to]
+    stem = "model" if found.path.name == weights.FINAL else found.path.stem
+    path = found.path.with_name(stem + exporting.SUFFIXES[asked.to])
     write(path, data, durable=True)
     print(f"{path}: {len(data):,} bytes\n{comparison}")

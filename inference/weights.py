@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from config import UserError
+from training.checkpoint import digest
 from training.images import Images
 from training.records import SUMMARY, find_runs, named_run
 
@@ -54,12 +55,15 @@ def find(log_dir: Path, name: str | None) -> Path:
         finished = (folder for folder in find_runs(log_dir) if (folder / SUMMARY).exists() and (folder / FINAL).exists())
         folder = next(finished, None)
         if folder is None:
-            raise UserError(f"there is no finished run in {log_dir / 'runs'}: train one, or name a run or a .safetensors file")
+            raise UserError(f"there is no finished run in {log_dir / 'runs'}: train one, or name a run, such as "
+                            "logs/reference, or a .safetensors file")
         return folder / FINAL
     if Path(name).suffix == ".safetensors":
-        if not Path(name).is_file():
-            raise UserError(f"there is no file {name}: name a run, or a .safetensors file of one")
-        return Path(name)
+        file = next((path for path in (Path(name), log_dir / "runs" / name) if path.is_file()), None)
+        if file is None:
+            raise UserError(f"there is no file {name}, also not below {log_dir / 'runs'}: name a run, or a .safetensors file "
+                            "of one")
+        return file
     folder = named_run(log_dir, name)
     if not ((folder / SUMMARY).exists() and (folder / FINAL).exists()):
         raise UserError(f"{name} is no finished run: go on with it (--resume), or name another one")
@@ -72,8 +76,15 @@ def read(path: Path) -> Weights:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        return Weights(path, tensors, tuple(about["class_names"]), tuple(about["mean"]), tuple(about["standard_deviation"]),
-                       dict(about["config"]), about.get("images"))
+        if about.get("sha256", digest(path.read_bytes())) != digest(path.read_bytes()):
+            raise ValueError("its checksum is wrong")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("not all its weights are finite")
+        mean, deviation = (tuple(map(float, about[name])) for name in ("mean", "standard_deviation"))
+        if not len(mean) == len(deviation) == 3:
+            raise ValueError("its mean and standard deviation are not those of three channels")
+        return Weights(path, tensors, tuple(map(str, about["class_names"])), mean, deviation,
+                       {"dropout": 0.0} | about["config"], about.get("images"))
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
                         "anew") from error

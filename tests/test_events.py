@@ -7,6 +7,7 @@ from conftest import at_epoch, one_line, raising
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_program import only_run
 
+from training.events import event_files, write_row
 from training.records import find_runs, read_run
 
 
@@ -26,6 +27,25 @@ def test_event_files_hold_the_rows_also_of_a_resumed_run(run, tmp_path, monkeypa
                                              for split in ("train", "val", "test"))}
     assert found["accuracy/val"] == [(row["epoch"], pytest.approx(row["val_acc"], abs=0.005)) for row in rows]
     assert found["loss/test"] == [(2, pytest.approx(rows[2]["test_loss"], abs=5e-5))]  # looked at once, at the end
+
+
+def test_an_epoch_that_is_repeated_after_a_crash_counts_once(tmp_path):
+    for first, value in ((0, 1.0), (1, 2.0)):
+        with event_files(True, tmp_path, first) as writer:
+            for epoch in range(first, 3):
+                write_row(writer, {"epoch": epoch, "lr": value})
+    assert scalars(tmp_path) == {"lr": [(0, 1.0), (1, 2.0), (2, 2.0)]}
+
+
+def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), event_files(True, tmp_path, 0) as writer:  # noqa: PT012
+        monkeypatch.setattr(writer._get_file_writer().event_writer._async_writer._writer, "write", full)
+        for epoch in range(3):
+            write_row(writer, {"epoch": epoch, "lr": 0.1})
+    assert capfd.readouterr().err == ""
 
 
 def test_without_the_package_one_line_says_so(run, tmp_path, monkeypatch):

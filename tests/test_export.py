@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT, one_line
 from test_program import only_run
 from torch import nn
+from torch.nn import functional as F
 
 import main
 import model
@@ -27,7 +28,7 @@ def exported(run, tmp_path, pictures, capsys):
     def make(to: str):
         capsys.readouterr()
         status = main.main(["export", "--to", to, "--log-dir", str(tmp_path / "logs"), "--data-dir", str(pictures)])
-        return status, *capsys.readouterr(), only_run(tmp_path) / export.FILES[to]
+        return status, *capsys.readouterr(), only_run(tmp_path) / f"model{export.SUFFIXES[to]}"
 
     return make
 
@@ -122,17 +123,33 @@ def test_what_is_not_near_enough_is_not_written(exported, monkeypatch):
     assert not path.exists()
 
 
-def test_a_network_that_cannot_be_exported_is_named(exported, monkeypatch):
-    class Choosing(model.Net):
-        def forward(self, images):
-            return super().forward(images) if images.mean() > 0 else super().forward(-images)
+class Choosing(model.Net):
+    def forward(self, images):
+        return super().forward(images) if images.mean() > 0 else super().forward(-images)
 
-    monkeypatch.setattr(model, "Net", Choosing)
-    for to in ("onnx", "torch", "int8"):
-        status, out, err, path = exported(to)
-        assert (status, out) == (2, "")
-        assert "the network in model.py can't be exported" in one_line(err)
-        assert not path.exists()
+
+class Widening(model.Net):
+    def forward(self, images):
+        return super().forward(images.double().round().float() + F.adaptive_avg_pool2d(images, 3).sum())
+
+
+class Doubting(model.Net):
+    def forward(self, images):
+        return F.conv2d(super().forward(images)[..., None, None].double(), torch.ones(3, 3, 1, 1).double()).flatten(1).float()
+
+
+@pytest.mark.parametrize(("edited", "to", "reason"), [
+    (Choosing, "onnx", "symbolically traced variables"), (Choosing, "torch", "symbolically traced variables"),
+    (Choosing, "int8", "symbolically traced variables"), (Widening, "onnx", "an adaptive average to more than one pixel"),
+    (Doubting, "onnx", "Could not find an implementation for Conv")])
+def test_a_network_that_cannot_be_exported_is_named(exported, monkeypatch, edited, to, reason):
+    monkeypatch.setattr(model, "Net", edited)
+    status, out, err, path = exported(to)
+    assert (status, out) == (2, "")
+    assert "the network in model.py can't be exported" in one_line(err)
+    assert reason in err
+    assert "\x1b" not in err
+    assert not path.exists()
 
 
 def test_a_full_disk_leaves_nothing(exported, monkeypatch):

@@ -136,7 +136,8 @@ def test_other_files_are_left_out_with_a_notice(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("mode", "value", "expected"), [
-    ("L", 100, (100, 100, 100)), ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("RGBA", (1, 2, 3, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)), ("1", 1, (255, 255, 255)),
+    ("L", 100, (100, 100, 100)), ("RGBA", (1, 2, 3, 255), (1, 2, 3)), ("RGBA", (1, 2, 3, 0), (255, 255, 255)),
+    ("P", 0, (0, 0, 0)), ("1", 1, (255, 255, 255)),
     ("I;16", 65535, (255, 255, 255)), ("I;16", 256 * 40, (40, 40, 40))])
 def test_every_mode_of_png_becomes_rgb(tmp_path, mode, value, expected):
     path = tmp_path / "image.png"

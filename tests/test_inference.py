@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_program import only_run
 from torch import nn
 
+import inference.predict
 import main
 from config import UserError
 from inference import weights
@@ -60,7 +61,8 @@ def test_best_weights_are_tested_on_the_test_images(run, tmp_path, pictures, cap
     assert run("--epochs", "2", "--validation", "9")[0] == 0
     best = only_run(tmp_path) / "best.safetensors"
     capsys.readouterr()
-    assert main.main(["test", str(best), "--data-dir", str(pictures)]) == 0
+    named = f"{best.parent.name}/{best.name}"
+    assert main.main(["test", named, "--log-dir", str(tmp_path / "logs"), "--data-dir", str(pictures)]) == 0
     assert "24 test images" in capsys.readouterr().out
 
 
@@ -117,6 +119,7 @@ def variants(folder, pixels):
     turned[0x0112] = 6  # to be shown turned clockwise by 90 degrees
     picture.transpose(Image.Transpose.ROTATE_90).save(folder / "turned.png", exif=turned)
     picture.convert("RGBA").transpose(Image.Transpose.ROTATE_90).save(folder / "turned_alpha.png", exif=turned)
+    picture.save(folder / "clear_colour.png", transparency=(1, 2, 3))
     picture.save(folder / "two_frames.tiff", save_all=True, append_images=[grey.convert("RGB")])
     grey.save(folder / "grey.png")
     Image.fromarray(np.asarray(grey).astype(np.uint16) * 257).save(folder / "grey16.png")
@@ -143,7 +146,9 @@ def test_what_is_transparent_is_white(tmp_path):
     assert (found[16:] == 255).all()
 
 
-def test_predictions_are_the_networks(used, tmp_path, pictures):
+@pytest.mark.parametrize("at_once", [5, 256])
+def test_predictions_are_the_networks(used, tmp_path, pictures, monkeypatch, at_once):
+    monkeypatch.setattr(inference.predict, "AT_ONCE", at_once)
     status, out, err = used("predict", str(pictures / "test"), "--json", "--top", "3")
     assert (status, err) == (0, "")
     found = json.loads(out)
@@ -164,7 +169,8 @@ def test_predictions_are_the_networks(used, tmp_path, pictures):
     assert out == f"{files[0]}: {best['class']} {100 * best['probability']:.1f} %\n"
 
 
-def test_a_file_that_is_no_image_costs_the_others_nothing(used, tmp_path):
+def test_a_file_that_is_no_image_costs_the_others_nothing(used, tmp_path, monkeypatch):
+    monkeypatch.setattr(inference.predict, "AT_ONCE", 4)
     folder = tmp_path / "mixed"
     variants(folder, np.zeros((32, 32, 3), dtype=np.uint8))
     Image.new("RGB", (1, 1), "red").save(folder / "one.png")
@@ -172,13 +178,15 @@ def test_a_file_that_is_no_image_costs_the_others_nothing(used, tmp_path):
     (folder / "a_text.png").write_text("not an image")
     (folder / "large_cut.jpg").write_bytes((folder / "large.jpg").read_bytes()[:5000])
     (folder / "notes.txt").write_text("no image by its name, so not looked at")
+    (folder / ".hidden.png").write_text("not looked at")
+    Image.fromarray(np.zeros((32, 32), dtype=np.int32)).save(folder / "numbers.tiff")
     status, out, err = used("predict", str(folder))
     assert status == 2
-    assert len(out.splitlines()) == len(list(folder.iterdir())) - 3
+    assert len(out.splitlines()) == len(list(folder.iterdir())) - 5
     notice, error = err.splitlines()
-    assert notice == "2 of 13 images had another size and were resized to 32x32"
+    assert notice == "2 of 15 images had another size and were resized to 32x32"
     assert "a_text.png is not a whole image" in error
-    assert error.endswith(", and 1 more of 13 files")
+    assert error.endswith(", and 2 more of 15 files")
     status, out, err = used("predict", str(folder / "a_text.png"), "--json")
     assert status == 2
     assert json.loads(out) == []
@@ -204,10 +212,15 @@ def test_wrong_input_is_one_line(used, tmp_path, pictures, capsys):
     assert "the following arguments are required: IMAGE" in refused("predict")
     assert "top is 0" in refused("predict", image, "--top", "0")
     assert "device is cuda:9" in refused("predict", image, "--device", "cuda:9")
+    for verb in (("predict", image), ("test",), ("plot",)):
+        assert "device is 'tpu', but must be one of" in refused(*verb, "--device", "tpu")
+    assert "is no run: pictures are drawn of a run" in refused("plot", str(only_run(tmp_path) / "final.safetensors"))
     assert "invalid choice: 'pdf'" in refused("export", "--to", "pdf")
     assert "the following arguments are required: --to" in refused("export")
     whole = only_run(tmp_path) / "final.safetensors"
-    for name, data in (("cut", whole.read_bytes()[:-100]), ("text", b"not weights"), ("empty", b"")):
+    flipped = bytearray(whole.read_bytes())
+    flipped[-1000] ^= 1
+    for name, data in (("cut", whole.read_bytes()[:-100]), ("text", b"not weights"), ("empty", b""), ("flipped", flipped)):
         (tmp_path / f"{name}.safetensors").write_bytes(data)
         assert "is damaged, or holds no weights of this program" in refused("predict", image, "--run",
                                                                            str(tmp_path / f"{name}.safetensors"))
@@ -218,6 +231,13 @@ def test_wrong_input_is_one_line(used, tmp_path, pictures, capsys):
     save_weights(tmp_path / "ten.safetensors", Net(10), about)
     assert "does not hold weights of the network in model.py for 3 classes" in refused("predict", image, "--run",
                                                                                      str(tmp_path / "ten.safetensors"))
+    for name, wrong in (("grey", {"mean": [0.5]}), ("words", {"mean": ["a", "b", "c"]}), ("bare", {"config": 1})):
+        save_weights(tmp_path / f"{name}.safetensors", Net(3), about | wrong)
+        assert "holds no weights of this program" in refused("predict", image, "--run", str(tmp_path / f"{name}.safetensors"))
+    broken = Net(3)
+    broken.head[1].bias.data[0] = float("nan")
+    save_weights(tmp_path / "nan.safetensors", broken, about)
+    assert "not all its weights are finite" in refused("predict", image, "--run", str(tmp_path / "nan.safetensors"))
     save_weights(tmp_path / "other.safetensors", nn.Linear(2, 2), about)
     assert "does not hold weights of the network" in refused("predict", image, "--run", str(tmp_path / "other.safetensors"))
     capsys.readouterr()

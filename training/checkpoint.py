@@ -227,9 +227,16 @@ def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
     data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
     # The library writes the header's keys in another order in every process: 8 bytes that hold its length, then JSON.
     length = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8:8 + length]), sort_keys=True).encode()
+    content = json.loads(data[8:8 + length])
+    content["__metadata__"]["sha256"] = json.dumps(digest(data))
+    header = json.dumps(content, sort_keys=True).encode()
     header += b" " * (-len(header) % 8)
     write(path, len(header).to_bytes(8, "little") + header + data[8 + length:], durable=True)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of the tensors in the bytes of a safetensors file: of all that stands behind its header."""
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
 
 
 def lock(folder: Path) -> IO[bytes]:

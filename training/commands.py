@@ -151,14 +151,14 @@ def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
 
 def parse_plot(arguments: list[str]) -> argparse.Namespace:
     """run, log_dir, data_dir, device. Raises UserError."""
-    return _of_a_run("plot", PLOT, "log_dir", "data_dir", "device").parse_args(arguments)
+    return _checked(_of_a_run("plot", PLOT, "log_dir", "data_dir", "device"), arguments)
 
 
 def parse_test(arguments: list[str]) -> argparse.Namespace:
     """run, log_dir, data_dir, device, flip. Raises UserError."""
     parser = _of_a_run("test", TEST, "log_dir", "data_dir", "device")
     parser.add_argument("--flip", action="store_true", help="also with each image mirrored, reported apart")
-    return parser.parse_args(arguments)
+    return _checked(parser, arguments)
 
 
 def parse_predict(arguments: list[str]) -> argparse.Namespace:
@@ -167,7 +167,7 @@ def parse_predict(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of them")
     parser.add_argument("--top", type=int, default=3, metavar="N", help="name the N most probable classes (default: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    asked = parser.parse_args(arguments)
+    asked = _checked(parser, arguments)
     if asked.top < 1:
         raise UserError(f"top is {asked.top}, but must be 1 or more")
     return asked
@@ -177,7 +177,7 @@ def parse_export(arguments: list[str]) -> argparse.Namespace:
     """run, log_dir, data_dir, to. Raises UserError."""
     parser = _of_a_run("export", EXPORT, "log_dir", "data_dir")
     parser.add_argument("--to", required=True, choices=("onnx", "torch", "int8"), help="the kind of file")
-    return parser.parse_args(arguments)
+    return _checked(parser, arguments)
 
 
 def _of_a_run(verb: str, description: str, *settings: str, run: str = "run") -> Parser:
@@ -190,6 +190,13 @@ def _of_a_run(verb: str, description: str, *settings: str, run: str = "run") -> 
         parser.add_setting(Config.__dataclass_fields__[name])
     parser.set_defaults(**{name: getattr(Config, name) for name in settings})
     return parser
+
+
+def _checked(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    """What the command line asks for, its settings in their ranges. Raises UserError."""
+    asked = parser.parse_args(arguments)
+    Config(**{name: value for name, value in vars(asked).items() if name in Config.__dataclass_fields__})
+    return asked
 
 
 def parse_compare(arguments: list[str]) -> argparse.Namespace:

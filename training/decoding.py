@@ -23,16 +23,18 @@ def decode(path: str) -> tuple[np.ndarray, bool]:
     try:
         with Image.open(path) as opened:
             upright: Image.Image = ImageOps.exif_transpose(opened)
-            if upright.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scaling
+            if upright.mode.startswith("I;16"):  # grey, which convert() would clip instead of scaling
                 upright = Image.fromarray((np.asarray(upright) // 256).astype(np.uint8))
-            elif upright.mode == "F":
-                raise ValueError("its pixels are floating-point numbers of an unknown range")
+            elif upright.mode in ("I", "F"):
+                raise ValueError("its pixels are numbers of 32 bits, of an unknown range")
             elif upright.has_transparency_data:
                 upright = upright.convert("RGBA")
                 upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
             upright = upright.convert("RGB")
             resized = upright.size != (SIDE, SIDE)
             return np.asarray(upright.resize((SIDE, SIDE), Image.Resampling.BICUBIC) if resized else upright), resized
+    except MemoryError:
+        raise
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise UserError(f"{path} is not a whole image ({error}): replace or remove it") from error
 

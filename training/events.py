@@ -1,5 +1,6 @@
 """TensorBoard event files: the figures of a run's log, an epoch a step."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +30,12 @@ def event_files(wanted: bool, folder: Path, epoch: int) -> Iterator["SummaryWrit
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder), purge_step=epoch) as writer:
-        yield writer
+    told, threading.excepthook = threading.excepthook, lambda _: None  # its thread's errors come here too, when it is flushed
+    try:
+        with SummaryWriter(str(folder), purge_step=epoch) as writer:
+            yield writer
+    finally:
+        threading.excepthook = told
 
 
 def write_row(writer: "SummaryWriter | None", row: Row) -> None:
@@ -40,6 +45,5 @@ def write_row(writer: "SummaryWriter | None", row: Row) -> None:
     for name, value in row.items():
         split, _, figure = name.rpartition("_")
         if name != "epoch" and value == value:  # nan: not measured
-            group = {"acc": "accuracy"}.get(figure, figure)
-            writer.add_scalar(f"{group}/{split}" if split else name, value, int(row["epoch"]))
+            writer.add_scalar(f"{figure.replace('acc', 'accuracy')}/{split}" if split else name, value, int(row["epoch"]))
     writer.flush()
