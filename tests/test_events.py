@@ -4,15 +4,17 @@ import sys
 
 import pytest
 from conftest import at_epoch, one_line, raising
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_program import only_run
 
 from training.events import event_files, write_row
 from training.records import find_runs, read_run
 
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                  reason="requirements-test.txt is not installed")
+
 
 def scalars(folder) -> dict[str, list[tuple[int, float]]]:
-    found = EventAccumulator(str(folder))
+    found = accumulator.EventAccumulator(str(folder))
     found.Reload()
     return {name: [(each.step, each.value) for each in found.Scalars(name)] for name in found.Tags()["scalars"]}
 

@@ -4,8 +4,6 @@ import json
 import re
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, one_line
@@ -18,6 +16,9 @@ import model
 from inference import export, weights
 from inference.classifier import Classifier
 from training.images import load
+
+onnx = pytest.importorskip("onnx", reason="requirements-test.txt is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-test.txt is not installed")
 
 
 @pytest.fixture
