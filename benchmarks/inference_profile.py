@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 
 def profile(float32: Path, int8: Path) -> str:
     """The microseconds of every convolution and of all else, of our network as these two ONNX models; one image, one thread."""
-    times = [node_times(model) for model in (float32, int8)]
+    times = node_times(float32, int8)
     kernels = [[time for kind, time in nodes if kind in CONVOLUTIONS] for nodes in times]
     net = Net()
     layers = dict(net.named_modules())
@@ -36,14 +37,20 @@ def row(name: str, multiply_adds: float, before: float, after: float) -> str:
     return f"{name:34} {multiply_adds:14,.0f} {before:8.1f} {after:8.1f} {before / after:15.2f}"
 
 
-def node_times(model: Path) -> list[tuple[str, float]]:
-    """Each node's kind and its median microseconds, in the order they run."""
-    ready = session(model, 1, profile=str(model.with_suffix("")))
-    image = np.load(model.with_name("images.npy"))[:1]
-    for _ in range(1000):
-        ready.run(None, {"image": image})
+def node_times(*models: Path) -> list[list[tuple[str, float]]]:
+    """For each model its nodes' kinds and median microseconds, in the order they run; the models take turns."""
+    sessions = [session(model, 1, profile=str(model.with_suffix(""))) for model in models]
+    image = np.load(models[0].with_name("images.npy"))[:1]
+    for _ in range(100):
+        for ready in sessions:
+            for _ in range(10):
+                ready.run(None, {"image": image})
+    return [_medians(json.loads(Path(ready.end_profiling()).read_text())) for ready in sessions]
+
+
+def _medians(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
     found: dict[str, tuple[str, list[float]]] = {}
-    for event in json.loads(Path(ready.end_profiling()).read_text()):
+    for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             found.setdefault(event["name"], (event["args"]["op_name"], []))[1].append(event["dur"])
     return [(kind, statistics.median(times)) for kind, times in found.values()]
