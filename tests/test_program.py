@@ -255,13 +255,13 @@ def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
 
 def test_the_real_cifar10_trains(cifar10, tmp_path):
     """Two thousand real images for two epochs: the whole path, with the official batches."""
-    from training import images
+    from training import images, parts
 
     whole = images.load("cifar10", str(cifar10))
     part = images.Images("cifar10", whole.class_names, images.Split(whole.train.images[:2000], whole.train.labels[:2000]),
                          images.Split(whole.test.images[:500], whole.test.labels[:500]), whole.validation)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(images, "load", lambda *_: part)
+        patch.setattr(parts, "load", lambda *_: part)
         status = main.main(["--dataset", "cifar10", "--epochs", "2", "--batch-size", "32", "--workers", "0",
                             "--device", "cpu", "--log-dir", str(tmp_path / "logs")])
     assert status == 0
