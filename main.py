@@ -255,7 +255,7 @@ def finish(parts: "Parts", log: "Log") -> None:
     """The final weights, and last the summary, which marks the run as finished."""
     from training import records
 
-    save(parts, log, "final.safetensors")
+    save(parts, log, records.FINAL)
     log.update(durable=True)
     summary = records.summarize(log.rows)
     records.write(log.folder / records.SUMMARY, records.as_json(summary), durable=True)

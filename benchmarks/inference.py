@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from inference.onnx_session import Run, session, session_runner
+from inference.onnx_session import Run, in_batches, session, session_runner
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "final.safetensors"
@@ -70,9 +70,9 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
             models[INT8] = as_int8(models[FLOAT32], shown)
         if name == OURS:
             torch.save(folded, folder / "ours.pt")
-            for runtime in (EAGER, COMPILED):
-                facts[name, runtime] = about | {"bytes": (folder / "ours.pt").stat().st_size,
-                                                "accuracy": accuracy(runner(folder, name, EAGER, 0), images.test)}
+            kept = {"bytes": (folder / "ours.pt").stat().st_size,
+                    "accuracy": accuracy(runner(folder, name, EAGER, 0), images.test)}
+            facts |= {(name, runtime): about | kept for runtime in (EAGER, COMPILED)}
         for runtime, model in models.items():
             file_of(folder, name, runtime).write_bytes(model)
             facts[name, runtime] = about | {"bytes": len(model), "accuracy": None if name != OURS else accuracy(
@@ -94,8 +94,7 @@ def gather_statistics(classifier: Any, images: np.ndarray) -> None:
 
 def accuracy(run: Run, test: Any) -> float:
     """In percent."""
-    found = [run(test.images[start:start + 500]).argmax(1) for start in range(0, len(test), 500)]
-    return 100 * float((np.concatenate(found) == test.labels).mean())
+    return 100 * float((in_batches(run, test.images).argmax(1) == test.labels).mean())
 
 
 def file_of(folder: Path, name: str, runtime: str) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from config import UserError
 from inference.classifier import Classifier
-from inference.onnx_session import Run, session, session_runner
+from inference.onnx_session import Run, in_batches, session, session_runner
 from training.images import Split
 from training.shapes import SIDE
 
@@ -30,7 +30,6 @@ OPSET = 18  # of ONNX: the lowest that torch's exporter writes
 LOGITS_BOUND = 1e-4  # by how much an exported float network's logits may differ
 INT8_BOUND = 0.5  # points of accuracy that int8 may lose
 CALIBRATION = 1000  # training images that show the quantizer the ranges of the activations
-AT_ONCE = 500  # images
 
 
 def check_packages(to: str) -> None:
@@ -52,7 +51,7 @@ def export(to: str, classifier: Classifier, class_names: Sequence[str], train: S
             if to == "int8":
                 data = as_int8(data, calibration(train, CALIBRATION))
             run = torch_runner(data) if to == "torch" else session_runner(session(data))
-            found = np.concatenate([run(test.images[start:start + AT_ONCE]) for start in range(0, len(test), AT_ONCE)])
+            found = in_batches(run, test.images)
     except OSError:  # a full disk
         raise
     except ImportError as error:

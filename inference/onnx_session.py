@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+AT_ONCE = 500  # images
 Run = Callable[[np.ndarray], np.ndarray]  # uint8 N x 32 x 32 x 3 -> float32 logits N x classes
 
 
@@ -23,3 +24,8 @@ def session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
 
 def session_runner(ready: Any) -> Run:
     return lambda images: ready.run(["logits"], {"image": images})[0]
+
+
+def in_batches(run: Run, images: np.ndarray) -> np.ndarray:
+    """The logits of many images, as `run` gives them."""
+    return np.concatenate([run(images[start:start + AT_ONCE]) for start in range(0, len(images), AT_ONCE)])

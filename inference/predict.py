@@ -48,7 +48,7 @@ def predictions(files: Sequence[Path], classifier: Classifier, class_names: Sequ
     `unreadable`. Says in one line on stderr how many had to be resized."""
     resized = 0
     with (ThreadPoolExecutor(min(8, cores())) as pool,  # a large image takes 300 MB while it is decoded
-           warnings.catch_warnings(action="ignore"),  # Pillow's, of large images and odd metadata
+          warnings.catch_warnings(action="ignore"),  # Pillow's, of large images and odd metadata
           tqdm(total=len(files), desc="predicting", unit="image", disable=None if len(files) > AT_ONCE else True,
                leave=False) as bar):
         for start in range(0, len(files), AT_ONCE):

@@ -17,7 +17,7 @@ from training.checkpoint import config_of
 from training.loop import find_device
 from training.loop import predict as logits_of
 from training.parts import Parts, build
-from training.records import write
+from training.records import FINAL, write
 
 MakeNet = Callable[[int, float], nn.Module]
 
@@ -28,7 +28,7 @@ def trained(asked: Namespace, make_net: MakeNet) -> tuple[weights.Weights, Parts
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
     here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
             "capture": False}
-    parts = build(config_of({"config": found.config | here}, {}, found.path.parent), make_net)
+    parts = build(config_of({"config": found.config}, here, found.path.parent), make_net)
     if not found.trained_on(parts.images):
         raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
                         "with --data-dir")
@@ -73,7 +73,7 @@ def export(asked: Namespace, make_net: MakeNet) -> None:
         logits, _ = logits_of(parts.net, batches.in_order("test"), parts.device)
     data, comparison = exporting.export(asked.to, Classifier(parts.net, found.mean, found.deviation), found.class_names,
                                         parts.images.train, parts.images.test, logits)
-    stem = "model" if found.path.name == weights.FINAL else found.path.stem
+    stem = "model" if found.path.name == FINAL else found.path.stem
     path = found.path.with_name(stem + exporting.SUFFIXES[asked.to])
     write(path, data, durable=True)
     print(f"{path}: {len(data):,} bytes\n{comparison}")

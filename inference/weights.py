@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from config import UserError
 from training.checkpoint import digest
 from training.images import Images
-from training.records import SUMMARY, find_runs, named_run
-
-FINAL = "final.safetensors"
+from training.records import FINAL, SUMMARY, find_runs, named_run
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,7 @@ def find(log_dir: Path, name: str | None) -> Path:
     """The weights of the run that a person calls `name`: those at its end, or the .safetensors file that is named itself; of
     the newest finished run where `name` is None. Raises UserError."""
     if name is None:
-        finished = (folder for folder in find_runs(log_dir) if (folder / SUMMARY).exists() and (folder / FINAL).exists())
-        folder = next(finished, None)
+        folder = next(filter(_finished, find_runs(log_dir)), None)
         if folder is None:
             raise UserError(f"there is no finished run in {log_dir / 'runs'}: train one, or name a run, such as "
                             "logs/reference, or a .safetensors file")
@@ -65,9 +62,13 @@ def find(log_dir: Path, name: str | None) -> Path:
                             "of one")
         return file
     folder = named_run(log_dir, name)
-    if not ((folder / SUMMARY).exists() and (folder / FINAL).exists()):
+    if not _finished(folder):
         raise UserError(f"{name} is no finished run: go on with it (--resume), or name another one")
     return folder / FINAL
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / SUMMARY).exists() and (folder / FINAL).exists()
 
 
 def read(path: Path) -> Weights:
@@ -76,7 +77,7 @@ def read(path: Path) -> Weights:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        if about.get("sha256", digest(path.read_bytes())) != digest(path.read_bytes()):
+        if "sha256" in about and about["sha256"] != digest(path.read_bytes()):
             raise ValueError("its checksum is wrong")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("not all its weights are finite")

@@ -191,12 +191,12 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
     return Resumed(folder, config, state, notes, held)
 
 
-def config_of(record: dict[str, Any], places: dict[str, str], folder: Path) -> Config:
-    """The settings of the run in `folder`, from its config.json and the settings of records.PLACES. Raises UserError where they
-    are none of this program's."""
+def config_of(record: dict[str, Any], here: dict[str, Any], folder: Path) -> Config:
+    """The settings of the run in `folder`, from its config.json, and those of `here` and now: at least those of records.PLACES.
+    Raises UserError where they are none of this program's."""
     try:
         earlier = {"batches": "workers"}  # before there was this setting, workers made them all
-        return Config(**(earlier | record["config"] | places))
+        return Config(**(earlier | record["config"] | here))
     except (TypeError, KeyError, UserError) as error:
         raise UserError(f"run {folder.name} was made by another version of this program ({error}): "
                         "use it with that one, or start it anew") from error

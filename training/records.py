@@ -20,6 +20,7 @@ from config import Config, UserError
 
 ACCURACY_LOG, SUMMARY_LOG = "model_accuracy.log", "torch_summary.log"
 CONFIG, SUMMARY = "config.json", "summary.json"
+FINAL = "final.safetensors"
 FORMATS = {
     "epoch": "d", "lr": ".6f", "train_loss": ".4f", "train_acc": ".2f", "val_loss": ".4f", "val_acc": ".2f",
     "test_loss": ".4f", "test_acc": ".2f", "seconds": ".2f",
