@@ -48,16 +48,23 @@ class Config:
                            "rounded towards zero: of 2 pixels, at most 1", low=0, high=1)
     scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
+    crop_padding: int = setting(0, "pixels by which an image is reflected beyond its border, before a random crop of its "
+                                "own size", low=0, high=16)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
     coarse_dropout_size: int = setting(16, "side of that hole, pixels", low=1, high=32)
 
     # optimization
     epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
-    lr: float = setting(0.01, "learning rate of SGD in the first epoch", low=1e-12, high=1000)
+    lr: float = setting(0.01, "learning rate of SGD at the cosine's beginning", low=1e-12, high=1000)
     min_lr: float = setting(1e-6, "learning rate that the cosine ends at, after the last epoch", low=0, high=1000)
+    warmup: float = setting(0.0, "share of the epochs, rounded to whole ones, in which the learning rate rises linearly before "
+                            "the cosine begins", low=0, high=0.5)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
-    weight_decay: float = setting(1e-4, "L2 penalty on all parameters", low=0, high=10)
+    weight_decay: float = setting(1e-4, "L2 penalty on the parameters", low=0, high=10)
+    decay_norms: bool = setting(True, "weight decay also on BatchNorm's parameters and on biases")
+    average: float = setting(0.0, "decay a step of an exponential moving average of the weights, which is then what is tested "
+                             "and saved; 0: none", low=0, high=0.99999)
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # model

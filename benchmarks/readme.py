@@ -8,15 +8,18 @@ Each table stands between two comments that name it. A test fails when one is no
 
 import csv
 import re
+import statistics
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from model import Net, convolutions  # noqa: E402 (after the path is set)
+from benchmarks.peers import peers  # noqa: E402 (after the path is set)
+from config import RECIPES, Config  # noqa: E402
+from model import Net, convolutions, facts  # noqa: E402
 from training.comparison import LEVEL  # noqa: E402
-from training.records import read_run  # noqa: E402
+from training.records import CONFIG, Run, read_run  # noqa: E402
 
 # train and test accuracy of the published run of this network, by epoch
 PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
@@ -62,6 +65,33 @@ def stage_table() -> str:
     return "\n".join(lines)
 
 
+def recipe_runs(recipe: str) -> list[Run]:
+    """The committed runs of a recipe, by seed."""
+    reference = ROOT / "logs" / "reference"
+    folders = [reference] if recipe == "baseline" else [path.parent for path in (reference / recipe).glob(f"*/{CONFIG}")]
+    return sorted(map(read_run, folders), key=lambda run: run.record["config"]["seed"])
+
+
+def recipe_table() -> str:
+    """The final accuracies of the recipes, beside what is published: mean and standard deviation over seeds."""
+    ours, baseline = facts(Net()), Config().epochs
+    network = f"{ours['parameters']:,} | {ours['multiply_adds'] / 1e6:.2f} M"  # type: ignore[operator]
+    lines = ["| network, recipe | parameters | multiply-adds | epochs | compute | train % | test % | seeds |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|",
+             f"| ours, the published run | {network} | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
+    for recipe, changes in RECIPES.items():
+        runs, epochs = recipe_runs(recipe), Config(**changes).epochs
+        train, test = ([run.rows[-1][name] for run in runs] for name in ("train_acc", "test_acc"))
+        spread = f" ± {statistics.stdev(test):.2f}" if len(runs) > 1 else ""
+        figures = f"{statistics.fmean(train):.2f} | {statistics.fmean(test):.2f}{spread}" if runs else "- | not measured yet"
+        lines.append(f"| ours, `{recipe}` | {network} | {epochs} | {epochs / baseline:g} | {figures} | {len(runs)} |")
+    for name, peer in peers().items():
+        about = facts(peer.net)
+        lines.append(f"| {name} | {about['parameters']:,} | {about['multiply_adds'] / 1e6:.2f} M | | | | "  # type: ignore[operator]
+                     f"{'> ' if peer.required else ''}{peer.accuracy:.2f} | |")
+    return "\n".join(lines)
+
+
 def result(name: str) -> str:
     """A benchmark's result as it was printed."""
     return "```\n" + (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text().rstrip() + "\n```"
@@ -87,7 +117,8 @@ def changes_table(name: str) -> str:
 
 def updated(text: str) -> str:
     """The `text` of README.md or LEARNINGS.md with every table made anew."""
-    tables = {"rows": first_rows(), "log": log_table(), "stages": stage_table(), "training speed": result("training_speed"),
+    tables = {"rows": first_rows(), "log": log_table(), "recipes": recipe_table(), "stages": stage_table(),
+              "training speed": result("training_speed"),
               "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
               "inference profile": result("inference_profile"), "single changes": changes_table("single_changes")}

@@ -89,6 +89,8 @@ def their_parameters(transform: A.BasicTransform, applied: dict | None) -> torch
         return torch.tensor([applied is not None])
     if isinstance(transform, A.Affine):
         return torch.tensor(np.eye(3)[:2] if applied is None else applied["matrix"][:2])[None]
+    if isinstance(transform, A.PadIfNeeded):
+        return torch.zeros(1, 0)
     if isinstance(transform, A.RandomCrop):
         left, top, *_ = applied["crop_coords"]
         return torch.tensor([[top, left]], dtype=torch.int32)
@@ -136,9 +138,9 @@ def test_padding_and_cropping_are_albumentations_own(border, position, images):
         assert np.array_equal(own, pad(image=image)["image"][top:top + 32, left:left + 30])
 
 
-@pytest.mark.parametrize("end", [[], [ToTensorV2()]])
-def test_the_whole_train_policy_is_albumentations_own(end, images):
-    policy = A.Compose([*whole_policy().transforms, *end], seed=1, save_applied_params=True)
+@pytest.mark.parametrize(("changes", "end"), [({}, []), ({"crop_padding": 4}, [ToTensorV2()])])
+def test_the_whole_train_policy_is_albumentations_own(changes, end, images):
+    policy = A.Compose([*whole_policy(**changes).transforms, *end], seed=1, save_applied_params=True)
     device = on_device(policy)
     for image in images:
         theirs, parameters = replayed(policy, image)

@@ -6,20 +6,23 @@ import cv2
 from config import Config
 
 
-def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float, ...]) -> A.Compose:
-    """What happens to a training image: uint8 H x W x 3 in, float32 H x W x 3 out. `mean` and `deviation` are each
-    channel's, as fractions of 255. A step whose probability is 0 is left out.
+def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float, ...], side: int = 32) -> A.Compose:
+    """What happens to a training image: uint8 side x side x 3 in, float32 side x side x 3 out. `mean` and `deviation` are
+    each channel's, as fractions of 255. A step whose probability, or size, is 0 is left out.
 
     `Affine` is what Albumentations 2 recommends in place of the deprecated ShiftScaleRotate, here with its ranges and
     its border. It shifts by whole pixels, rounded towards zero: 0.0625 of 32 pixels is one pixel at the most, where older
     releases moved by up to two.
     """
     size = (config.coarse_dropout_size, config.coarse_dropout_size)
+    padded = side + 2 * config.crop_padding
+    crop = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(side, side)]
     steps = [
         A.HorizontalFlip(p=config.flip_p),
         A.Affine(translate_percent=(-config.shift, config.shift), scale=(1 - config.scale, 1 + config.scale),
                  keep_ratio=True, rotate=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101,
                  p=config.affine_p),
+        *(crop if config.crop_padding else []),
         A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=size, hole_width_range=size,
                         fill=tuple(round(255 * channel) for channel in mean), p=config.coarse_dropout_p),
         A.Normalize(mean, deviation),

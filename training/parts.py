@@ -12,9 +12,11 @@ from torch import nn
 
 from config import Config
 from training.augment import test_policy, train_policy
+from training.average import WeightAverage
 from training.batches import Batches
 from training.capture import make_step
 from training.device_batches import DeviceBatches, settled
+from training.dilated import quicken
 from training.images import Images, load
 from training.loop import Step, find_device, keep_freed_memory, seed_torch
 
@@ -39,20 +41,30 @@ class Parts:
     device: torch.device
     net: nn.Module
     optimizer: torch.optim.SGD
-    scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    average: WeightAverage | None
     step: Step
+
+    @property
+    def tested(self) -> nn.Module:
+        """The network that is tested and saved: the one that is trained, or its average."""
+        return self.average.net if self.average else self.net
 
     def state(self) -> dict[str, Any]:
         """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
         random number is a function of (seed, epoch, image)."""
-        return {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "scheduler")}
+        return {name: part.state_dict() for name, part in self._changing().items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set what training changes. Raises RuntimeError or ValueError where `state` is another network's."""
-        for name in ("net", "optimizer", "scheduler"):
-            getattr(self, name).load_state_dict(state[name])
+        for name, part in self._changing().items():
+            part.load_state_dict(state[name])
         for group in self.optimizer.param_groups:  # what the device at hand is best at, not the one of before
             group["fused"] = self.device.type == "cuda"
+
+    def _changing(self) -> dict[str, Any]:
+        always = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
+        return always | ({"average": self.average} if self.average else {})
 
     def batches(self) -> Batches | DeviceBatches:
         """The batches of all three splits, made on the device or by worker processes."""
@@ -82,11 +94,32 @@ def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net = make_net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                                weight_decay=config.weight_decay, fused=device.type == "cuda")
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
-    return Parts(config, images, mean, deviation, policies, device, net, optimizer, scheduler,
-                 make_step(net, optimizer, device, config))
+    quicken(net, device)
+    optimizer = make_optimizer(net, device, config)
+    average = WeightAverage(net, config.average) if config.average else None
+    return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config), average,
+                 make_step(net, optimizer, device, config, average))
+
+
+def make_optimizer(net: nn.Module, device: torch.device, config: Config) -> torch.optim.SGD:
+    """SGD on all parameters, in one group; or in two, of which that of the norms and biases doesn't decay (as by Goyal et al.
+    2017, arXiv:1706.02677, and Jia et al. 2018, arXiv:1807.11205)."""
+    weights = [parameter for parameter in net.parameters() if parameter.ndim > 1 or config.decay_norms]
+    others = [parameter for parameter in net.parameters() if parameter.ndim <= 1 and not config.decay_norms]
+    groups: list[dict[str, Any]] = [{"params": weights}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                           weight_decay=config.weight_decay, fused=device.type == "cuda")
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
+    """A learning rate for each epoch: rising to lr (Goyal et al. 2017), then the cosine (Loshchilov and Hutter 2017,
+    arXiv:1608.03983)."""
+    rising = round(config.warmup * config.epochs)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs - rising, eta_min=config.min_lr)
+    if not rising:
+        return cosine
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[rising])
 
 
 def demonstrates(config: Config, kind: str) -> bool:

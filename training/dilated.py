@@ -1,0 +1,41 @@
+"""Dilated depthwise convolutions that train fast on a CPU."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Conv2d(nn.Conv2d):
+    """A 3x3 convolution with padding = dilation, computed without dilation: the same figures, up to rounding.
+
+    A convolution dilated by d meets each of the map's d x d phases (every d-th pixel) by itself. With the phases side by
+    side, a column and a row of zeros between them, one plain convolution does them all (as the "algorithme a trous" of
+    Holschneider et al. 1989 and TensorFlow's space_to_batch). PyTorch's own gradients of a dilated depthwise convolution
+    cost 6 times as much on a CPU, a tenth of a step of this network.
+    """
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Float N x C x H x W, in and out. The short way only in training, and where d divides H and W."""
+        step = self.dilation[0]
+        number, channels, height, width = maps.shape
+        if not self.training or height % step or width % step:
+            return super().forward(maps)
+        phases = maps.permute(0, 2, 3, 1).reshape(number, height // step, step, width // step, step, channels)
+        spaced = F.pad(phases.permute(0, 2, 1, 4, 3, 5), (0, 0, 0, 1, 0, 0, 0, 1))
+        found = F.conv2d(spaced.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=1,
+                         groups=self.groups)
+        phases = found.permute(0, 2, 3, 1).reshape(*spaced.shape[:-1], -1)[:, :, :-1, :, :-1]
+        return phases.permute(0, 2, 1, 4, 3, 5).reshape(number, height, width, -1).permute(0, 3, 1, 2)
+
+
+def quicken(net: nn.Module, device: torch.device) -> None:
+    """Have the dilated depthwise convolutions of `net` computed so, where that is faster."""
+    for layer in net.modules():
+        if device.type == "cpu" and type(layer) is nn.Conv2d and _is_such(layer):
+            layer.__class__ = Conv2d
+
+
+def _is_such(layer: nn.Conv2d) -> bool:
+    step = layer.dilation[0]
+    return (step > 1 and layer.groups == layer.in_channels and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
+            and layer.dilation == layer.padding == (step, step) and layer.padding_mode == "zeros")
