@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from test_program import RATES
 
 from benchmarks import readme
+from config import RECIPES, Config
 from model import Net, facts
+from training.comparison import settings
 from training.records import read_log, read_run
 
 REFERENCE = ROOT / "logs" / "reference"
@@ -21,7 +23,7 @@ REFERENCE = ROOT / "logs" / "reference"
 def test_the_readmes_tables_are_what_the_logs_and_the_network_say():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.updated(text) == text
-    assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["rows", "log", "stages", "training speed", "training profile",
+    assert re.findall("<!-- (?!end of)(.*?) -->", text) == ["rows", "log", "recipes", "stages", "training speed", "training profile",
                                                            "same training", "checkpoint overhead", "inference",
                                                            "inference profile"]
 
@@ -56,12 +58,24 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    assert {path.name for path in REFERENCE.iterdir() if path.suffix not in (".png", ".onnx", ".pt2")} == {
+    assert {path.name for path in REFERENCE.iterdir() if path.name not in RECIPES and path.suffix not in (".png", ".onnx", ".pt2")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
+    runs = readme.recipe_runs(recipe)
+    for run in runs:
+        assert settings(run.record["config"]) == settings(vars(Config(**RECIPES[recipe])))
+        assert run.record["dataset"]["sha256"] == read_run(REFERENCE).record["dataset"]["sha256"]
+        assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
+        assert run.record["network"] | {"model_sha256": ""} == facts(Net()) | {"model_sha256": ""}
+        assert len(run.rows) == run.summary["epochs"] == run.record["config"]["epochs"]
+    assert len({run.record["config"]["seed"] for run in runs}) == len(runs)
+
+
 def test_no_committed_log_holds_an_absolute_path():
-    for path in (path for path in REFERENCE.iterdir() if path.suffix != ".png"):
+    for path in (path for path in REFERENCE.rglob("*") if path.is_file() and path.suffix != ".png"):
         assert not re.search(rb"[\" '=](/[a-z]+){2,}", path.read_bytes()), path
 
 
