@@ -82,6 +82,17 @@ def test_only_what_differs_is_shown_and_an_edited_network_too(make, tmp_path):
     assert row_of(table, "nesterov True, parameters 200,000, multiply-adds 8,000,000, receptive field ?, model.py 01234567")
 
 
+def test_what_all_rows_share_is_told_once(make, tmp_path):
+    for changes in ({}, {"nesterov": True}, {"momentum": 0.8}):
+        make(88, lr=0.05, epochs=8, **changes)
+    [table] = compared(tmp_path)
+    assert table.shared == {"epochs": "8", "lr": "0.05"}
+    assert {row.change(table.shared) for row in table.rows} == {"-", "nothing else", "nesterov True", "momentum 0.8"}
+    assert row_of(table, "epochs 8, lr 0.05, nesterov True")
+    assert as_text([table]).count("lr 0.05") == 1
+    assert "All differ from the reference in: epochs 8, lr 0.05. " in as_text([table])
+
+
 def test_differences_have_the_pooled_error_and_holms_correction(make, tmp_path):
     """Against the same computed another way: scipy's analysis of all values."""
     groups = {0.01: (86.0, 86.3, 86.1), 0.02: (86.4, 86.6, 86.8), 0.05: (88.0, 88.1, 88.3), 0.1: (86.2,)}

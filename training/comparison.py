@@ -94,8 +94,11 @@ class Row:
             return f"{seeds[0]} to {seeds[-1]}"
         return " ".join(map(str, seeds))
 
-    def change(self) -> str:
-        return ", ".join(f"{key} {value}" for key, value in self.differs.items()) or "-"
+    def change(self, shared: Mapping[str, str] | None = None) -> str:
+        """What differs from the reference, beyond what is `shared`."""
+        beyond = self.differs.items() - (shared or {}).items()
+        nothing = "nothing else" if self.differs else "-"
+        return ", ".join(f"{key} {value}" for key, value in self.differs.items() if (key, value) in beyond) or nothing
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class Table:
     rows: list[Row]
     spread: float
     freedom: int
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """What two or more rows, and all of them, have in common that differs from the reference."""
+        differing = [row.differs.items() for row in self.rows if row.differs]
+        common = set.intersection(*map(set, differing)) if len(differing) > 1 else set()
+        return {key: value for key, value in (differing[0] if common else ()) if (key, value) in common}
 
     @property
     def judged_by(self) -> str:
@@ -221,10 +231,10 @@ def _compare(rows: Sequence[Row], spread: float, freedom: int) -> None:
 COLUMNS = ("run", "differs from the reference", "seeds", "validation %", "test %", "train - test", "seconds", "difference")
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: Row, shared: Mapping[str, str]) -> list[str]:
     """A row as COLUMNS has it."""
     gap = statistics.fmean(train - test for train, test in zip(row.values("train_acc"), row.values("test_acc"), strict=True))
-    return [row.name(), row.change(), row.seeds(),
+    return [row.name(), row.change(shared), row.seeds(),
             _accuracy(row.values("val_acc")), _accuracy(row.values("test_acc")), f"{gap:+.2f}",
             f"{row.seconds():,.0f}", str(row.difference or "-")]
 
@@ -240,7 +250,10 @@ def method(table: Table) -> str:
     count = sum(row.difference is not None for row in table.rows)
     if not count:
         return "There is nothing to compare on this dataset yet."
-    text = (f"Differences are in points of {table.judged_by} accuracy, each to the row with as many epochs that differs least "
+    text = ""
+    if table.shared:
+        text = f"All differ from the reference in: {', '.join(f'{key} {value}' for key, value in table.shared.items())}. "
+    text += (f"Differences are in points of {table.judged_by} accuracy, each to the row with as many epochs that differs least "
             "from the reference, and of that one to the reference. ")
     if not table.freedom:
         return text + "No row has more than one seed, so the noise is unknown: run more seeds (sweep --seeds 3)."
@@ -254,7 +267,7 @@ def as_text(found: Sequence[Table]) -> str:
     """For a terminal: aligned columns."""
     parts = []
     for table in found:
-        lines = [list(COLUMNS), *map(cells, table.rows)]
+        lines = [list(COLUMNS), *(cells(row, table.shared) for row in table.rows)]
         widths = [max(len(line[column]) for line in lines) for column in range(len(COLUMNS))]
         parts += [table.dataset, "", *("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                                        for line in lines), "", method(table), ""]
@@ -266,7 +279,7 @@ def as_markdown(found: Sequence[Table]) -> str:
     lines = ["# Experiments", ""]
     for table in found:
         lines += [f"## {table.dataset}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|",
-                  *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in table.rows),
+                  *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, table.shared)) + " |" for row in table.rows),
                   "", method(table), ""]
     return "\n".join(lines)
 

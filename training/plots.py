@@ -157,7 +157,7 @@ def experiments(table: "Table", path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for number, row in reversed(list(enumerate(table.rows))):
         named = number < len(COLOURS)
-        style = {"color": COLOURS[number] if named else "#BBBBBB", "label": row.change() if named else None}
+        style = {"color": COLOURS[number] if named else "#BBBBBB", "label": row.change(table.shared) if named else None}
         values, run = row.values(row.metric), row.runs[0]
         left.errorbar([run.record["network"]["multiply_adds"] / 1e6], [np.mean(values)], fmt="o", capsize=4, **style,
                       yerr=[np.std(values, ddof=1)] if len(values) > 1 else None)
@@ -169,5 +169,6 @@ def experiments(table: "Table", path: Path) -> None:
     right.legend(handles[::-1], words[::-1], fontsize=8, loc="lower right", title="differs from the reference")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.suptitle(table.dataset)
+    shared = ", ".join(f"{key} {value}" for key, value in table.shared.items())
+    figure.suptitle(table.dataset + (f"\nall differ from the reference in: {shared}" if shared else ""), wrap=True)
     figure.savefig(path, dpi=100)
