@@ -44,7 +44,8 @@ def this_program(arguments: argparse.Namespace, quickened: bool = True, **settin
 
     if not quickened:
         training_parts.quicken = lambda net, device: None
-    parts = training_parts.build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings), Net)  # type: ignore[arg-type]
+    config = Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings)  # type: ignore[arg-type]
+    parts = training_parts.build(config, Net)
     epochs = iter(range(100))
     with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
         measured = timed(lambda each: train_epoch(parts.step, each, bar), lambda: batches.shuffled("train", next(epochs)),
@@ -58,7 +59,7 @@ def this_program(arguments: argparse.Namespace, quickened: bool = True, **settin
 
 def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
     """The rows of the table; the first is what the ratios are to."""
-    from training.parts import cores
+    from training.loop import cores
 
     usual = 8 if cuda else 2
     rows: dict[str, Callable[[argparse.Namespace], Measured]] = {

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from config import UserError
 from inference.classifier import Classifier
 from training.decoding import decode, tell_resized
-from training.parts import cores
+from training.loop import cores
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # what is looked for in folders
 AT_ONCE = 256  # images

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.batches import Batches
-from training.device_batches import DeviceBatches
 from training.loop import predict
+
+if TYPE_CHECKING:
+    from training.batches import Batches
+    from training.device_batches import DeviceBatches
 
 BINS = 15
 
@@ -47,7 +50,7 @@ def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     return gaps.abs().sum().item() / len(labels)
 
 
-def report(net: nn.Module, batches: Batches | DeviceBatches, device: torch.device, class_names: Sequence[str],
+def report(net: nn.Module, batches: "Batches | DeviceBatches", device: torch.device, class_names: Sequence[str],
            flip: bool) -> str:
     """The figures of `net` on the test images, as text; with `flip` also those of the mean of its logits for each image and for
     the mirrored one."""

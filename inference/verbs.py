@@ -4,6 +4,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 from tqdm import tqdm
@@ -16,15 +17,19 @@ from inference.test import report
 from training.checkpoint import config_of
 from training.loop import find_device
 from training.loop import predict as logits_of
-from training.parts import Parts, build
 from training.records import FINAL, write
+
+if TYPE_CHECKING:  # predicting needs none of it, and it takes seconds to load
+    from training.parts import Parts
 
 MakeNet = Callable[[int, float], nn.Module]
 
 
-def trained(asked: Namespace, make_net: MakeNet) -> tuple[weights.Weights, Parts]:
+def trained(asked: Namespace, make_net: MakeNet) -> "tuple[weights.Weights, Parts]":
     """The weights that are asked for, and the parts of their run with these weights and on the device that is asked for. Raises
     UserError, also where the images are not those that the weights were trained on."""
+    from training.parts import build
+
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
     here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
             "capture": False, "average": 0.0}

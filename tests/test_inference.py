@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import one_line
+from conftest import ROOT, one_line
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_program import only_run
@@ -276,3 +278,8 @@ def test_the_classifier_normalizes_as_the_policy_does():
     expected = np.stack([policy(image=image)["image"] for image in images]).transpose(0, 3, 1, 2)
     assert made.dtype == torch.float32
     np.testing.assert_allclose(made.numpy(), expected, atol=2e-6)
+
+
+def test_predicting_does_not_load_what_only_training_needs():
+    code = "import sys, inference.verbs; sys.exit('albumentations' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

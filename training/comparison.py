@@ -278,8 +278,9 @@ def as_markdown(found: Sequence[Table]) -> str:
     """For logs/experiments.md."""
     lines = ["# Experiments", ""]
     for table in found:
+        rows = [cells(row, table.shared) for row in table.rows]
         lines += [f"## {table.dataset}", "", "| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|",
-                  *("| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, table.shared)) + " |" for row in table.rows),
+                  *("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows),
                   "", method(table), ""]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import math
+import os
 import platform
 import sys
 import time
@@ -197,6 +198,11 @@ def describe(device: torch.device) -> str:
     with suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:  # Linux names the model here only
         processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return f"{device} ({processor or platform.machine()})"
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_torch(seed: int, epoch: int) -> None:

@@ -1,7 +1,6 @@
 """The parts of a run, as they are before its first epoch."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ from training.capture import make_step
 from training.device_batches import DeviceBatches, settled
 from training.dilated import quicken
 from training.images import Images, load
-from training.loop import Step, find_device, keep_freed_memory, seed_torch
+from training.loop import Step, cores, find_device, keep_freed_memory, seed_torch
 from training.whitening import IMAGES, whiten
 
 DEMONSTRATION_EPOCHS = 5
@@ -134,8 +133,3 @@ def demonstrates(config: Config, kind: str) -> bool:
 def demonstration(config: Config) -> Config:
     """A config for such a run: a few epochs show how the program works."""
     return dataclasses.replace(config, epochs=min(config.epochs, DEMONSTRATION_EPOCHS))
-
-
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
