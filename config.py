@@ -68,7 +68,6 @@ class Config:
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # model
-    whiten: bool = setting(False, "begin with the principal components of the images' patches in the first convolution")
     dropout: float = setting(0.0, "probability that a feature is dropped before the classifier; 0 leaves the layer out",
                              low=0, high=0.99)
 

@@ -18,7 +18,6 @@ from training.device_batches import DeviceBatches, settled
 from training.dilated import quicken
 from training.images import Images, load
 from training.loop import Step, cores, find_device, keep_freed_memory, seed_torch
-from training.whitening import IMAGES, whiten
 
 DEMONSTRATION_EPOCHS = 5
 BANNER = """
@@ -94,9 +93,6 @@ def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net = make_net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
-    if config.whiten:
-        sample = torch.from_numpy(images.train.images[:IMAGES]).permute(0, 3, 1, 2) / 255
-        whiten(net, (sample - torch.tensor(mean)[:, None, None]) / torch.tensor(deviation)[:, None, None])
     quicken(net, device)
     optimizer = make_optimizer(net, device, config)
     average = WeightAverage(net, config.average) if config.average else None
