@@ -7,6 +7,7 @@ Each table stands between two comments that name it. A test fails when one is no
 """
 
 import csv
+import math
 import re
 import statistics
 import sys
@@ -109,9 +110,10 @@ def changes_table(name: str) -> str:
     found = [row for row in rows if row["compared_with"] == base["run"]]
     for row in sorted(found, key=lambda row: -float(row["difference"])):
         parts = [part for part in row["differs"].split(", ") if part not in common and not part.startswith("model.py")]
-        verdict = "more than noise" if float(row["corrected_p"]) <= LEVEL else "noise"
+        error, p = float(row["standard_error"]), float(row["corrected_p"])
+        noise = "| noise unknown" if math.isnan(p) else f"± {error:.2f} | {'more than noise' if p <= LEVEL else 'noise'}"
         lines.append(f"| {', '.join(parts)} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} | "
-                     f"{float(row['difference']):+.2f} ± {float(row['standard_error']):.2f} | {verdict} |")
+                     f"{float(row['difference']):+.2f} {noise} |")
     return "\n".join(lines)
 
 
