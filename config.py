@@ -63,8 +63,6 @@ class Config:
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
     weight_decay: float = setting(1e-4, "L2 penalty on the parameters", low=0, high=10)
     decay_norms: bool = setting(True, "weight decay also on BatchNorm's parameters and on biases")
-    average: float = setting(0.0, "decay a step of an exponential moving average of the weights, which is then what is tested "
-                             "and saved; 0: none", low=0, high=0.99999)
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # model

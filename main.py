@@ -234,7 +234,7 @@ def run_epoch(parts: "Parts", batches: "Batches | DeviceBatches", epoch: int, la
 
     from training.loop import seed_torch, test, train_epoch
 
-    config, net, device = parts.config, parts.tested, parts.device
+    config, net, device = parts.config, parts.net, parts.device
     started, images = time.perf_counter(), len(parts.images.train)
     row: dict[str, float] = {"epoch": epoch, "lr": float(parts.scheduler.get_last_lr()[0])}
     seed_torch(config.seed, epoch + 1)
@@ -242,8 +242,6 @@ def run_epoch(parts: "Parts", batches: "Batches | DeviceBatches", epoch: int, la
               dynamic_ncols=True, bar_format=BAR) as bar:
         row["train_loss"], row["train_acc"] = train_epoch(parts.step, batches.shuffled("train", epoch), bar)
     parts.scheduler.step()
-    if parts.average:
-        parts.average.take_statistics(batches.shuffled("train", epoch))
     if config.validation:
         row["val_loss"], row["val_acc"] = test(net, batches.in_order("validation"), device)
     # Who chooses settings by the validation images must not see the test images before the end.
@@ -273,7 +271,7 @@ def draw(parts: "Parts", folder: Path) -> None:
     from training.records import read_run
 
     with contextlib.closing(parts.batches()) as batches:
-        logits, _ = predict(parts.tested, batches.in_order("test"), parts.device)
+        logits, _ = predict(parts.net, batches.in_order("test"), parts.device)
     stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(parts.net)
               if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last of each block counts
     names = draw_all(read_run(folder), parts.images, parts.policies["train"], logits.softmax(1).cpu().numpy(), stages)
@@ -284,7 +282,7 @@ def save(parts: "Parts", log: "Log", name: str) -> None:
     """The weights as they are, with what is needed to use them; the number of workers, which changes nothing, left out."""
     from training.checkpoint import save_weights
 
-    save_weights(log.folder / name, parts.tested, {
+    save_weights(log.folder / name, parts.net, {
         "class_names": parts.images.class_names, "mean": parts.mean, "standard_deviation": parts.deviation,
         "images": log.record["dataset"]["sha256"],
         "config": {key: value for key, value in log.record["config"].items() if key != "workers"}})

@@ -32,7 +32,7 @@ def trained(asked: Namespace, make_net: MakeNet) -> "tuple[weights.Weights, Part
 
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
     here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
-            "capture": False, "average": 0.0}
+            "capture": False}
     parts = build(config_of({"config": found.config}, here, found.path.parent), make_net)
     if not found.trained_on(parts.images):
         raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "

@@ -8,7 +8,6 @@ from torch import nn
 from tqdm import tqdm
 
 from training import capture
-from training.average import WeightAverage
 from training.capture import CapturedStep
 from training.loop import TrainStep, train_epoch
 
@@ -18,7 +17,7 @@ def parts(device: torch.device) -> TrainStep:
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                         nn.Dropout(0.2), nn.Linear(8, 4)).to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3, fused=device.type == "cuda")
-    return TrainStep(net, optimizer, device, 0.1, WeightAverage(net, 0.9))
+    return TrainStep(net, optimizer, device, 0.1)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -47,7 +46,7 @@ def trained(step: TrainStep | CapturedStep, plain: TrainStep, batches: list, epo
 
 def everything(step: TrainStep) -> list[torch.Tensor]:
     momentum = [step.optimizer.state[p]["momentum_buffer"] for p in step.net.parameters()]
-    return [*step.net.state_dict().values(), *momentum, *step.average.net.state_dict().values(), step.average.share]
+    return [*step.net.state_dict().values(), *momentum]
 
 
 def test_a_captured_step_trains_as_the_plain_one(device, batches):

@@ -7,17 +7,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
-from training.average import WeightAverage
 from training.loop import Step, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
 
 
-def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
-              average: WeightAverage | None = None) -> Step:
+def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config) -> Step:
     """A step of training, captured if the config wants it and the device can; a line says so if it can't."""
-    step = TrainStep(net, optimizer, device, config.label_smoothing, average)
+    step = TrainStep(net, optimizer, device, config.label_smoothing)
     if config.capture and device.type == "cuda" and config.batches == "device":
         return CapturedStep(step)
     if config.capture:
@@ -95,9 +93,6 @@ class CapturedStep:
         yield from self.net.parameters()
         yield from self.net.buffers()
         yield self.figures.sums
-        if self.step.average:
-            yield from (average for average, _ in self.step.average.pairs)
-            yield self.step.average.share
         for state in self.step.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 

@@ -110,7 +110,7 @@ def unpack(path: Path) -> dict[str, Any]:
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on foreign content
         raise Damaged(f"{path.name} holds no checkpoint that is safe to load") from error
-    if not isinstance(state, dict) or set(state) - {"average"} != KEYS:
+    if not isinstance(state, dict) or set(state) != KEYS:
         raise Damaged(f"{path.name} is no checkpoint of this program")
     return state
 

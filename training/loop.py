@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from config import UserError
-from training.average import WeightAverage
 from training.faults import Diverged
 
 BatchStream = Iterable[tuple[Tensor, Tensor]]
@@ -89,9 +88,8 @@ class TrainStep:
     added to the figures. It waits for nothing."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
-                 label_smoothing: float, average: WeightAverage | None = None) -> None:
+                 label_smoothing: float) -> None:
         self.net, self.optimizer, self.device, self.label_smoothing = net, optimizer, device, label_smoothing
-        self.average = average
         self.figures, self.autocast = Figures(device), _autocast(device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
@@ -101,8 +99,6 @@ class TrainStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        if self.average:
-            self.average.update()
         self.figures.add(loss, logits, labels)
 
 

@@ -11,7 +11,6 @@ from torch import nn
 
 from config import Config
 from training.augment import test_policy, train_policy
-from training.average import WeightAverage
 from training.batches import Batches
 from training.capture import make_step
 from training.device_batches import DeviceBatches, settled
@@ -41,29 +40,19 @@ class Parts:
     net: nn.Module
     optimizer: torch.optim.SGD
     scheduler: torch.optim.lr_scheduler.LRScheduler
-    average: WeightAverage | None
     step: Step
-
-    @property
-    def tested(self) -> nn.Module:
-        """The network that is tested and saved: the one that is trained, or its average."""
-        return self.average.net if self.average else self.net
 
     def state(self) -> dict[str, Any]:
         """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
         random number is a function of (seed, epoch, image)."""
-        return {name: part.state_dict() for name, part in self._changing().items()}
+        return {name: getattr(self, name).state_dict() for name in ("net", "optimizer", "scheduler")}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set what training changes. Raises RuntimeError or ValueError where `state` is another network's."""
-        for name, part in self._changing().items():
-            part.load_state_dict(state[name])
+        for name in ("net", "optimizer", "scheduler"):
+            getattr(self, name).load_state_dict(state[name])
         for group in self.optimizer.param_groups:  # what the device at hand is best at, not the one of before
             group["fused"] = self.device.type == "cuda"
-
-    def _changing(self) -> dict[str, Any]:
-        always = {"net": self.net, "optimizer": self.optimizer, "scheduler": self.scheduler}
-        return always | ({"average": self.average} if self.average else {})
 
     def batches(self) -> Batches | DeviceBatches:
         """The batches of all three splits, made on the device or by worker processes."""
@@ -95,9 +84,8 @@ def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
     net = make_net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
     quicken(net, device)
     optimizer = make_optimizer(net, device, config)
-    average = WeightAverage(net, config.average) if config.average else None
-    return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config), average,
-                 make_step(net, optimizer, device, config, average))
+    return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config),
+                 make_step(net, optimizer, device, config))
 
 
 def make_optimizer(net: nn.Module, device: torch.device, config: Config) -> torch.optim.SGD:
