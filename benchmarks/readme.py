@@ -121,6 +121,7 @@ def updated(text: str) -> str:
     """The `text` of README.md or LEARNINGS.md with every table made anew."""
     tables = {"rows": first_rows(), "log": log_table(), "recipes": recipe_table(), "stages": stage_table(),
               "training speed": result("training_speed"),
+              "dilated": result("dilated"),
               "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
               "inference profile": result("inference_profile"), "single changes": changes_table("single_changes"),

@@ -32,20 +32,17 @@ EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
 
 # ---------------------------------------------------------------- the paths
 
-def this_program(arguments: argparse.Namespace, quickened: bool = True, **settings: object) -> Measured:
-    """main.py's own parts; not `quickened`, with PyTorch's own dilated convolution."""
+def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
+    """main.py's own parts."""
     import torch
     from tqdm import tqdm
 
     from config import Config
     from model import Net
-    from training import parts as training_parts
     from training.loop import test, train_epoch
+    from training.parts import build
 
-    if not quickened:
-        training_parts.quicken = lambda net, device: None
-    config = Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings)  # type: ignore[arg-type]
-    parts = training_parts.build(config, Net)
+    parts = build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings), Net)  # type: ignore[arg-type]
     epochs = iter(range(100))
     with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
         measured = timed(lambda each: train_epoch(parts.step, each, bar), lambda: batches.shuffled("train", next(epochs)),
@@ -71,8 +68,6 @@ def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
     if cuda:
         rows["main.py, device, captured"] = lambda arguments: this_program(arguments, batches="device", capture=True)
         rows["the fast public style"] = fast_public_style
-    else:
-        rows["main.py, device, not quickened"] = lambda arguments: this_program(arguments, quickened=False, batches="device")
     return rows
 
 
@@ -246,11 +241,11 @@ def table(found: dict[str, list[Measured]], arguments: argparse.Namespace) -> st
     usual = statistics.median(each["train"] for each in next(iter(found.values())))
     lines = [f"Training speed, {machine(arguments.device)}, batch 128, {arguments.repeats} interleaved measurements of "
              + (f"{arguments.steps} steps" if arguments.device == "cpu" else "a whole epoch"), "",
-             f"{'':<30} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, s':>13}"]
+             f"{'':<29} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, s':>13}"]
     for path, values in found.items():
         train, test = (statistics.median(each[key] for each in values) for key in ("train", "test"))
         speeds = [each["train"] for each in values]
-        lines.append(f"{path:<30} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual:7.2f} "
+        lines.append(f"{path:<29} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual:7.2f} "
                      f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / test):13,.1f}")
     if arguments.device == "cuda":
         lines += ["", *(f"{path}: first step {statistics.median(each['first'] for each in values):.1f} s"

@@ -10,8 +10,8 @@ class Conv2d(nn.Conv2d):
 
     A convolution dilated by d meets each of the map's d x d phases (every d-th pixel) by itself. With the phases side by
     side, a column and a row of zeros between them, one plain convolution does them all (as the "algorithme a trous" of
-    Holschneider et al. 1989 and TensorFlow's space_to_batch). PyTorch's own gradients of a dilated depthwise convolution
-    cost 6 times as much on a CPU, a tenth of a step of this network.
+    Holschneider et al. 1989 and TensorFlow's space_to_batch). On a CPU PyTorch's own gradients of a dilated depthwise
+    convolution take several times as long: benchmarks/dilated.py.
     """
 
     def forward(self, maps: Tensor) -> Tensor:
