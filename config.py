@@ -62,7 +62,7 @@ class Config:
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
     weight_decay: float = setting(1e-4, "L2 penalty on the parameters", low=0, high=10)
-    decay_norms: bool = setting(True, "weight decay also on BatchNorm's parameters and on biases")
+    decay_all: bool = setting(True, "weight decay also on BatchNorm's parameters, biases and depthwise filters")
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # model
