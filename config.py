@@ -61,8 +61,7 @@ class Config:
                             "the cosine begins", low=0, high=0.5)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
-    weight_decay: float = setting(1e-4, "L2 penalty on the parameters", low=0, high=10)
-    decay_all: bool = setting(True, "weight decay also on BatchNorm's parameters, biases and depthwise filters")
+    weight_decay: float = setting(1e-4, "L2 penalty on all parameters", low=0, high=10)
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # model

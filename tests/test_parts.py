@@ -1,14 +1,11 @@
-"""The optimizer and the schedule, as the settings want them."""
+"""The schedule and the policy, as the settings want them."""
 
 import pytest
 import torch
 
 from config import Config
-from model import Net
 from training.augment import train_policy
-from training.parts import make_optimizer, make_scheduler
-
-CPU = torch.device("cpu")
+from training.parts import make_scheduler
 
 
 def rates(**settings: float) -> list[float]:
@@ -32,19 +29,6 @@ def test_a_warm_up_rises_in_equal_steps_and_the_cosine_follows():
 def test_a_warm_up_of_less_than_half_an_epoch_is_none():
     assert rates(epochs=4, warmup=0.1) == rates(epochs=4)
     assert rates(epochs=1, warmup=0.5) == rates(epochs=1)
-
-
-def test_weight_decay_leaves_norms_biases_and_depthwise_filters_alone_if_wanted():
-    net = Net()
-    names = {id(parameter): name for name, parameter in net.named_parameters()}
-    whole = make_optimizer(net, CPU, Config(weight_decay=0.01))
-    assert [group["weight_decay"] for group in whole.param_groups] == [0.01]
-    weights, others = make_optimizer(net, CPU, Config(weight_decay=0.01, decay_all=False)).param_groups
-    assert (weights["weight_decay"], others["weight_decay"]) == (0.01, 0.0)
-    convolutions = {name: layer for name, layer in net.named_modules() if isinstance(layer, torch.nn.Conv2d)}
-    assert {names[id(parameter)] for parameter in weights["params"]} == {
-        f"{name}.weight" for name, layer in convolutions.items() if layer.groups == 1}
-    assert len(weights["params"]) + len(others["params"]) == len(whole.param_groups[0]["params"]) == len(names)
 
 
 def test_a_crop_keeps_the_size():

@@ -83,24 +83,10 @@ def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
     seed_torch(config.seed, 0)
     net = make_net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
     quicken(net, device)
-    optimizer = make_optimizer(net, device, config)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                                weight_decay=config.weight_decay, fused=device.type == "cuda")
     return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config),
                  make_step(net, optimizer, device, config))
-
-
-def make_optimizer(net: nn.Module, device: torch.device, config: Config) -> torch.optim.SGD:
-    """SGD on all parameters, in one group; or in two, of which one doesn't decay: BatchNorm's parameters and biases (Goyal et
-    al. 2017, arXiv:1706.02677), and depthwise filters, C x 1 x 3 x 3, for being so small (Howard et al. 2017,
-    arXiv:1704.04861)."""
-
-    def decays(parameter: nn.Parameter) -> bool:
-        return config.decay_all or (parameter.ndim > 1 and parameter.shape[1] > 1)
-
-    weights = [parameter for parameter in net.parameters() if decays(parameter)]
-    others = [parameter for parameter in net.parameters() if not decays(parameter)]
-    groups: list[dict[str, Any]] = [{"params": weights}, *([{"params": others, "weight_decay": 0.0}] if others else [])]
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                           weight_decay=config.weight_decay, fused=device.type == "cuda")
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
