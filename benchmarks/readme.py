@@ -7,7 +7,6 @@ Each table stands between two comments that name it. A test fails when one is no
 """
 
 import csv
-import math
 import re
 import statistics
 import sys
@@ -98,11 +97,27 @@ def result(name: str) -> str:
     return "```\n" + (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text().rstrip() + "\n```"
 
 
+def experiments(name: str) -> list[dict[str, str]]:
+    """The rows of an experiments.csv that `compare` wrote."""
+    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def runs_table(name: str) -> str:
+    """The rows of a comparison that are not the reference, the best first, with what they don't share."""
+    rows = [row for row in experiments(name) if row["differs"] != "-"]
+    shared = set.intersection(*(set(row["differs"].split(", ")) for row in rows))
+    lines = ["| settings | seeds | train % | validation % |", "|---|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: -float(row["val_acc"])):
+        own = ", ".join(part for part in row["differs"].split(", ") if part not in shared)
+        lines.append(f"| {own} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} |")
+    return "\n".join(lines)
+
+
 def changes_table(name: str) -> str:
     """What a sweep with --one-at-a-time found, from the experiments.csv that its `compare` wrote: each row beside that of the
     unchanged settings."""
-    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = experiments(name)
     base = next(row for row in rows if any(other["compared_with"] == row["run"] for other in rows))
     common = set(base["differs"].split(", "))
     lines = ["| change | seeds | train % | validation % | difference | |", "|---|---:|---:|---:|---:|---|",
@@ -110,10 +125,9 @@ def changes_table(name: str) -> str:
     found = [row for row in rows if row["compared_with"] == base["run"]]
     for row in sorted(found, key=lambda row: -float(row["difference"])):
         parts = [part for part in row["differs"].split(", ") if part not in common and not part.startswith("model.py")]
-        error, p = float(row["standard_error"]), float(row["corrected_p"])
-        noise = "| noise unknown" if math.isnan(p) else f"± {error:.2f} | {'more than noise' if p <= LEVEL else 'noise'}"
+        verdict = "more than noise" if float(row["corrected_p"]) <= LEVEL else "noise"
         lines.append(f"| {', '.join(parts)} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} | "
-                     f"{float(row['difference']):+.2f} {noise} |")
+                     f"{float(row['difference']):+.2f} ± {float(row['standard_error']):.2f} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -125,7 +139,7 @@ def updated(text: str) -> str:
               "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
               "inference profile": result("inference_profile"), "single changes": changes_table("single_changes"),
-              "recipe changes": changes_table("recipe_changes"), "recipe at length": changes_table("recipe_at_length")}
+              "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]
