@@ -30,35 +30,37 @@ class Net(nn.Module):
     """Float images N x 3 x 32 x 32, normalized, in; float logits N x num_classes out.
 
     `dropout` is the probability that one of the 256 features is dropped before the classifier; at 0 the layer is absent.
+    `width` multiplies the channels of every stage, for a teacher; the sizes below are those of width 1.
     """
 
-    def __init__(self, num_classes: int = 10, dropout: float = 0.0) -> None:
+    def __init__(self, num_classes: int = 10, dropout: float = 0.0, width: int = 1) -> None:
         super().__init__()
+        c32, c64, c128, c192, c256 = (width * channels for channels in (32, 64, 128, 192, 256))
         self.input_block = nn.Sequential(                 # output 32 x 32 x 32, receptive field  3
-            nn.Conv2d(3, 32, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(32),
+            nn.Conv2d(3, c32, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(c32),
             nn.ReLU(),
         )
         self.conv_block1 = nn.Sequential(
-            separable(32, 32),                            # output 32 x 32 x 32, receptive field  5
-            separable(32, 64, stride=2),                  # output 64 x 16 x 16, receptive field  7
+            separable(c32, c32),                          # output 32 x 32 x 32, receptive field  5
+            separable(c32, c64, stride=2),                # output 64 x 16 x 16, receptive field  7
         )
         self.conv_block2 = nn.Sequential(
-            separable(64, 64),                            # output 64 x 16 x 16, receptive field 11
-            separable(64, 128, stride=2),                 # output 128 x 8 x 8,  receptive field 15
+            separable(c64, c64),                          # output 64 x 16 x 16, receptive field 11
+            separable(c64, c128, stride=2),               # output 128 x 8 x 8,  receptive field 15
         )
         self.conv_block3 = nn.Sequential(
-            separable(128, 128),                          # output 128 x 8 x 8,  receptive field 23
-            separable(128, 192, stride=2),                # output 192 x 4 x 4,  receptive field 31
+            separable(c128, c128),                        # output 128 x 8 x 8,  receptive field 23
+            separable(c128, c192, stride=2),              # output 192 x 4 x 4,  receptive field 31
         )
         self.conv_block4 = nn.Sequential(
-            separable(192, 192),                          # output 192 x 4 x 4,  receptive field 47
-            separable(192, 256, dilation=2),              # output 256 x 4 x 4,  receptive field 79: the whole image
+            separable(c192, c192),                        # output 192 x 4 x 4,  receptive field 47
+            separable(c192, c256, dilation=2),            # output 256 x 4 x 4,  receptive field 79: the whole image
         )
         self.head = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),                      # output 256 x 1 x 1
             *([nn.Dropout(dropout)] if dropout else []),
-            nn.Conv2d(256, num_classes, kernel_size=1),   # output num_classes x 1 x 1
+            nn.Conv2d(c256, num_classes, kernel_size=1),  # output num_classes x 1 x 1
         )
 
     def forward(self, images: Tensor) -> Tensor:
