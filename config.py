@@ -44,8 +44,8 @@ class Config:
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     affine_p: float = setting(0.5, "probability of a shift, scaling and rotation, border reflected", low=0, high=1)
-    shift: float = setting(0.09375, "limit of the shift, as a fraction of the image's side; the shift itself is whole pixels, "
-                           "rounded towards zero: of 3 pixels, at most 2", low=0, high=1)
+    shift: float = setting(0.0625, "limit of the shift, as a fraction of the image's side; the shift itself is whole pixels, "
+                           "rounded towards zero: of 2 pixels, at most 1", low=0, high=1)
     scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
     crop_padding: int = setting(0, "pixels by which an image is reflected beyond its border, before a random crop of its "
@@ -61,10 +61,19 @@ class Config:
                             "the cosine begins", low=0, high=0.5)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "Nesterov's form of the momentum")
-    weight_decay: float = setting(5e-4, "L2 penalty on all parameters", low=0, high=10)
+    weight_decay: float = setting(1e-4, "L2 penalty on all parameters", low=0, high=10)
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
+    # a teacher
+    teacher: str = setting("", "a finished run, usually of a wider network, whose predictions are learned along with the "
+                           "labels: its --name, its folder's name under logs/runs, or a path; none if empty")
+    teacher_share: float = setting(0.9, "share of the teacher in the loss; the labels have the rest", low=0, high=1)
+    temperature: float = setting(4.0, "what logits are divided by before the teacher's and the network's are compared",
+                                 low=0.1, high=100)
+
     # model
+    width: int = setting(1, "factor of the network's channels: 1 is the network of 155,434 parameters, 2 or more a teacher "
+                         "for it", low=1, high=16)
     dropout: float = setting(0.0, "probability that a feature is dropped before the classifier; 0 leaves the layer out",
                              low=0, high=0.99)
 
@@ -105,12 +114,16 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{field.name} is {value}, but must lie in {low} to {high}")
 
 
+# What LEARNINGS.md found better than the baseline's settings
+BETTER: dict[str, Any] = {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "weight_decay": 5e-4, "affine_p": 0.0}
+
 # Named sets of changes to the defaults above: `python main.py --recipe NAME`
 RECIPES: dict[str, dict[str, Any]] = {
     "baseline": {},
-    # A quarter of the baseline's compute: chosen as LEARNINGS.md tells
-    "fast": {"epochs": 20, "lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0,
-             "crop_padding": 2, "coarse_dropout_p": 0.0},
-    # The baseline's compute. Four times as many epochs as `fast` bear more augmentation
-    "strong": {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0, "crop_padding": 4, "coarse_dropout_size": 8},
+    # A quarter of the baseline's compute
+    "fast": BETTER | {"epochs": 20, "crop_padding": 2, "coarse_dropout_p": 0.0},
+    # The baseline's compute: four times as many epochs bear more augmentation
+    "strong": BETTER | {"crop_padding": 4, "coarse_dropout_size": 8},
+    # Four times that, and a teacher, to be trained before: python main.py --recipe strong --width 3 --name teacher
+    "best": BETTER | {"crop_padding": 4, "coarse_dropout_size": 8, "epochs": 320, "teacher": "teacher"},
 }

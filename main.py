@@ -183,7 +183,8 @@ def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Che
     record = records.record(config, model.facts(parts.net), {
         "kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint(),
         "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
-        "mean": list(parts.mean), "deviation": list(parts.deviation)}, describe(parts.device))
+        "mean": list(parts.mean), "deviation": list(parts.deviation)}, describe(parts.device),
+        parts.teacher.digest if parts.teacher else None)
     places = {name: getattr(config, name) for name in records.PLACES}
     if resumed:
         folder, lock, rows = resumed.folder, resumed.lock, resumed.state["rows"]
@@ -280,7 +281,7 @@ def draw(parts: "Parts", folder: Path) -> None:
 
 def save(parts: "Parts", log: "Log", name: str) -> None:
     """The weights as they are, with what is needed to use them; the number of workers, which changes nothing, left out."""
-    from training.checkpoint import save_weights
+    from training.weights import save_weights
 
     save_weights(log.folder / name, parts.net, {
         "class_names": parts.images.class_names, "mean": parts.mean, "standard_deviation": parts.deviation,

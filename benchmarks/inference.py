@@ -42,10 +42,10 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.peers import peers
-    from inference import weights
     from inference.classifier import Classifier
     from inference.export import CALIBRATION, as_int8, as_onnx, calibration, fold, quiet
     from model import Net
+    from training import weights
     from training.images import load
 
     images = load("cifar10", data_dir)

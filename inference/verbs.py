@@ -1,28 +1,25 @@
-"""python main.py test, predict and export, told in order. `make_net` is model.Net: the number of classes and dropout in."""
+"""python main.py test, predict and export, told in order. `make_net` is model.Net."""
 
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import nn
 from tqdm import tqdm
 
 from config import UserError
-from inference import weights
 from inference.classifier import Classifier
 from inference.predict import as_json, as_text, image_files, predictions
 from inference.test import report
+from training import weights
 from training.checkpoint import config_of
 from training.loop import find_device
 from training.loop import predict as logits_of
 from training.records import FINAL, write
+from training.weights import MakeNet
 
 if TYPE_CHECKING:  # predicting needs none of it, and it takes seconds to load
     from training.parts import Parts
-
-MakeNet = Callable[[int, float], nn.Module]
 
 
 def trained(asked: Namespace, make_net: MakeNet) -> "tuple[weights.Weights, Parts]":
@@ -32,7 +29,7 @@ def trained(asked: Namespace, make_net: MakeNet) -> "tuple[weights.Weights, Part
 
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
     here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
-            "capture": False}
+            "capture": False, "teacher": ""}
     parts = build(config_of({"config": found.config}, here, found.path.parent), make_net)
     if not found.trained_on(parts.images):
         raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
@@ -53,9 +50,7 @@ def predict(asked: Namespace, make_net: MakeNet) -> None:
     """What a trained network takes images for. Raises UserError at the end for files that can't be read."""
     files, device = image_files(asked.images), find_device(asked.device)
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
-    net = make_net(len(found.class_names), found.config["dropout"])
-    found.load_into(net)
-    classifier, unreadable = Classifier(net, found.mean, found.deviation).to(device), list[UserError]()
+    classifier, unreadable = Classifier(found.network(make_net), found.mean, found.deviation).to(device), list[UserError]()
     predicted = predictions(files, classifier, found.class_names, device, unreadable)
     if asked.json:
         print(as_json(list(predicted), asked.top))

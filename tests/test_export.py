@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 import main
 import model
-from inference import export, weights
+from inference import export
 from inference.classifier import Classifier
+from training import weights
 from training.images import load
 
 onnx = pytest.importorskip("onnx", reason="requirements-test.txt is not installed")

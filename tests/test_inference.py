@@ -1,5 +1,6 @@
 """Using trained weights: python main.py test and predict."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,13 +18,13 @@ from torch import nn
 import inference.predict
 import main
 from config import UserError
-from inference import weights
 from inference.classifier import Classifier
 from inference.test import expected_calibration_error, figures, report
 from model import Net
-from training.checkpoint import save_weights
+from training import weights
 from training.decoding import decode
 from training.records import read_run
+from training.weights import save_weights
 
 
 @pytest.fixture
@@ -252,10 +253,10 @@ def test_weights_from_before_fingerprints_are_known_by_their_statistics(used, tm
 
     found = weights.read(only_run(tmp_path) / "final.safetensors")
     images = load("folder", str(pictures))
-    older = weights.Weights(found.path, {}, found.class_names, found.mean, found.deviation, {}, None)
+    older = dataclasses.replace(found, fingerprint=None)
     assert found.trained_on(images)
     assert older.trained_on(images)
-    assert not weights.Weights(found.path, {}, found.class_names, (0.1, 0.2, 0.3), found.deviation, {}, None).trained_on(images)
+    assert not dataclasses.replace(older, mean=(0.1, 0.2, 0.3)).trained_on(images)
 
 
 def test_an_unfinished_run_is_not_used(used, tmp_path):

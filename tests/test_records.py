@@ -143,3 +143,14 @@ def test_what_could_not_be_followed_is_named_below_the_table():
     text = receptive_fields(convolutions(Branching()))
     assert text.splitlines()[-2].split()[-2:] == ["?", "147,456"]
     assert text.splitlines()[-1].startswith("?: last is given what no layer put out")
+
+
+def test_a_run_is_known_by_its_folder_its_path_and_its_name(tmp_path):
+    older, newer, other = (tmp_path / "runs" / name for name in (
+        "2026-01-01_00-00-00-mine", "2026-02-01_00-00-00-mine", "2026-03-01_00-00-00-not-mine"))
+    for folder in (older, newer, other):
+        folder.mkdir(parents=True)
+    assert records.named_run(tmp_path, "mine") == newer
+    assert records.named_run(tmp_path, older.name) == records.named_run(tmp_path, str(older)) == older
+    with pytest.raises(UserError, match="there is no run yours"):
+        records.named_run(tmp_path, "yours")

@@ -8,14 +8,16 @@ from tqdm import tqdm
 
 from config import Config
 from training.loop import Step, TrainStep
+from training.teacher import Teacher
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
 
 
-def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config) -> Step:
+def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
+              teacher: Teacher | None = None) -> Step:
     """A step of training, captured if the config wants it and the device can; a line says so if it can't."""
-    step = TrainStep(net, optimizer, device, config.label_smoothing)
+    step = TrainStep(net, optimizer, device, config.label_smoothing, teacher)
     if config.capture and device.type == "cuda" and config.batches == "device":
         return CapturedStep(step)
     if config.capture:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import io
-import json
 import os
 import shlex
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import nn
 
 from config import Config, UserError
 from training.faults import Diverged
@@ -23,7 +21,7 @@ from training.records import SUMMARY, TEMPORARY, Log, find_runs, named_run, sync
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
-MOVABLE = {"workers", "data_dir", "log_dir", "device", "threads", "pictures", "tensorboard"}  # what may change in a resumed run
+MOVABLE = {"workers", "data_dir", "log_dir", "teacher", "device", "threads", "pictures", "tensorboard"}  # in a resumed run
 INTERVAL = 10.0  # seconds between writes, so that a GPU's short epochs don't spend their time on them
 LOCK = ".lock"
 DIGEST = hashlib.sha256().digest_size
@@ -139,11 +137,14 @@ class Resumed:
 
     def continued(self, record: dict[str, Any]) -> dict[str, Any]:
         """`record`, which is of now, with the notes of the run so far and on what has changed since. Raises UserError
-        where the images are not the same."""
+        where the images or the teacher are not the same."""
         before = self.state["record"]
         if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
             raise UserError(f"the images in {self.config.data_dir} are not those that run {self.folder.name} began with: "
                             "name the right folder with --data-dir")
+        if record["teacher"] != before.get("teacher"):
+            raise UserError(f"teacher {self.config.teacher} is not the one that run {self.folder.name} began with: name "
+                            "that one with --teacher")
         now, then = ({"threads": each["config"]["threads"], "batches": each["config"].get("batches", "workers"),
                       "model.py": each["network"]["model_sha256"][:8], **each["machine"], **each["versions"]}
                      for each in (record, before))
@@ -216,27 +217,6 @@ def _tidy(folder: Path, damaged: bool) -> None:
 def resumable(folder: Path) -> bool:
     """Whether the folder is that of an unfinished run."""
     return not (folder / SUMMARY).exists() and any((folder / name).exists() for name in (NEWEST, PREVIOUS))
-
-
-def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
-    """Write the weights as safetensors, with `about`, each value as JSON, as metadata. The same weights and metadata give
-    the same bytes."""
-    from safetensors.torch import save
-
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
-    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
-    # The library writes the header's keys in another order in every process: 8 bytes that hold its length, then JSON.
-    length = int.from_bytes(data[:8], "little")
-    content = json.loads(data[8:8 + length])
-    content["__metadata__"]["sha256"] = json.dumps(digest(data))
-    header = json.dumps(content, sort_keys=True).encode()
-    header += b" " * (-len(header) % 8)
-    write(path, len(header).to_bytes(8, "little") + header + data[8 + length:], durable=True)
-
-
-def digest(data: bytes) -> str:
-    """SHA-256 of the tensors in the bytes of a safetensors file: of all that stands behind its header."""
-    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
 
 
 def lock(folder: Path) -> IO[bytes]:

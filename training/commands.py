@@ -45,7 +45,7 @@ PLOT = """Pictures of a finished run, into its folder: accuracy.png, confusion_m
 receptive_field.png.
 
     python main.py plot                         the newest finished run
-    python main.py plot RUN                     a folder's name under logs/runs, or a path
+    python main.py plot RUN                     its --name, its folder's name under logs/runs, or a path
 """
 TEST = """Accuracy, loss, calibration and each class's accuracy of trained weights on the test images of their run.
 
@@ -184,8 +184,8 @@ def _of_a_run(verb: str, description: str, *settings: str, run: str = "run") -> 
     """A parser for what is done with a finished run; of the `settings`, those that are not given have Config's default."""
     parser = Parser(verb, description)
     how: dict[str, Any] = {} if run.startswith("-") else {"nargs": "?"}
-    parser.add_argument(run, metavar="RUN", **how, help="a folder's name under logs/runs, a path, or a .safetensors file; the "
-                        "newest finished run if none is named")
+    parser.add_argument(run, metavar="RUN", **how, help="a run's --name, its folder's name under logs/runs, a path, or a "
+                        ".safetensors file; the newest finished run if none is named")
     for name in settings:
         parser.add_setting(Config.__dataclass_fields__[name])
     parser.set_defaults(**{name: getattr(Config, name) for name in settings})
@@ -202,7 +202,7 @@ def _checked(parser: Parser, arguments: list[str]) -> argparse.Namespace:
 def parse_compare(arguments: list[str]) -> argparse.Namespace:
     """runs, log_dir. Raises UserError."""
     parser = Parser("compare", COMPARE)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="a folder's name under logs/runs, or a path")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's --name, its folder's name under logs/runs, or a path")
     parser.add_setting(Config.__dataclass_fields__["log_dir"])
     parser.set_defaults(log_dir=Config.log_dir)
     return parser.parse_args(arguments)

@@ -18,6 +18,8 @@ from training.records import PLACES, Run, find_runs, named_run, read_run, write
 LEVEL = 0.05
 # What changes no result, or only as another seed does, tells no two runs apart.
 SAME = (*PLACES, "seed", "name", "workers", "threads", "device", "batches", "capture", "pictures", "tensorboard", "dataset")
+SWITCHES = {"affine_p": ("shift", "scale", "rotate"), "coarse_dropout_p": ("coarse_dropout_size",),
+            "teacher": ("teacher_share", "temperature")}  # settings without which others have no effect
 NETWORK = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
 
 
@@ -153,15 +155,21 @@ def _check(run: Run) -> None:
         raise UserError("its config.json is not this program's")
 
 
+def complete(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of an earlier version of the program, with the defaults of the settings that came since."""
+    return {field.name: field.default for field in dataclasses.fields(Config)} | dict(config)
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config, the settings that tell runs apart; one that came into the program after the run has its default."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config)}
-    return {key: value for key, value in (defaults | dict(config)).items() if key not in SAME}
+    """Of a config, the settings that tell runs apart: those with an effect."""
+    every = complete(config)
+    idle = {name for switch, names in SWITCHES.items() if not every[switch] for name in names}
+    return {key: value for key, value in every.items() if key not in SAME and key not in idle}
 
 
 def differences(run: Run, reference: Run) -> dict[str, str]:
     """What differs in the settings and the network of `run` from those of `reference`."""
-    ours, theirs = (settings(each.record["config"]) for each in (run, reference))
+    ours, theirs = settings(run.record["config"]), complete(reference.record["config"])
     network, their_network = run.record["network"], reference.record["network"]
     found = {key: str(value) for key, value in ours.items() if value != theirs.get(key)}
     for key, words in NETWORK.items():

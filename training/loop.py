@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from config import UserError
 from training.faults import Diverged
+from training.teacher import Teacher
 
 BatchStream = Iterable[tuple[Tensor, Tensor]]
 
@@ -88,14 +89,17 @@ class TrainStep:
     added to the figures. It waits for nothing."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
-                 label_smoothing: float) -> None:
-        self.net, self.optimizer, self.device, self.label_smoothing = net, optimizer, device, label_smoothing
+                 label_smoothing: float, teacher: Teacher | None = None) -> None:
+        self.net, self.optimizer, self.device = net, optimizer, device
+        self.label_smoothing, self.teacher = label_smoothing, teacher
         self.figures, self.autocast = Figures(device), _autocast(device)
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         with self.autocast:
             logits = self.net(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            if self.teacher:
+                loss = self.teacher.join(loss, logits, images)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

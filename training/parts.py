@@ -1,7 +1,6 @@
 """The parts of a run, as they are before its first epoch."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,8 @@ from training.device_batches import DeviceBatches, settled
 from training.dilated import quicken
 from training.images import Images, load
 from training.loop import Step, cores, find_device, keep_freed_memory, seed_torch
+from training.teacher import Teacher, find_teacher
+from training.weights import MakeNet
 
 DEMONSTRATION_EPOCHS = 5
 BANNER = """
@@ -41,6 +42,7 @@ class Parts:
     optimizer: torch.optim.SGD
     scheduler: torch.optim.lr_scheduler.LRScheduler
     step: Step
+    teacher: Teacher | None
 
     def state(self) -> dict[str, Any]:
         """What training changes. The scheduler alone counts the epochs. No state of a random generator is in it: every
@@ -64,9 +66,9 @@ class Parts:
                        pin_memory=self.device.type == "cuda")
 
 
-def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
-    """The parts of a run; `make_net` makes the network from the number of classes and the dropout. What config leaves to
-    `auto` is settled in theirs. Raises UserError for images or a device that can't be had."""
+def build(config: Config, make_net: MakeNet) -> Parts:
+    """The parts of a run; `make_net` is model.Net. What config leaves to `auto` is settled in theirs. Raises UserError for
+    images, a device or a teacher that can't be had."""
     device = find_device(config.device)
     images = load(config.dataset, config.data_dir)
     if demonstrates(config, images.kind):
@@ -78,15 +80,16 @@ def build(config: Config, make_net: Callable[[int, float], nn.Module]) -> Parts:
     normalization = test_policy(mean, deviation)
     policies = {"train": train_policy(config, mean, deviation), "validation": normalization, "test": normalization}
     config = dataclasses.replace(config, batches=settled(config.batches, policies, images.train, device))
+    teacher = find_teacher(config, images, device, make_net)
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
-    net = make_net(len(images.class_names), config.dropout).to(device).to(memory_format=torch.channels_last)
+    net = make_net(len(images.class_names), config.dropout, config.width).to(device).to(memory_format=torch.channels_last)
     quicken(net, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")
     return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config),
-                 make_step(net, optimizer, device, config))
+                 make_step(net, optimizer, device, config, teacher), teacher)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:

@@ -25,6 +25,7 @@ FORMATS = {
     "epoch": "d", "lr": ".6f", "train_loss": ".4f", "train_acc": ".2f", "val_loss": ".4f", "val_acc": ".2f",
     "test_loss": ".4f", "test_acc": ".2f", "seconds": ".2f",
 }
+DATE = "%Y-%m-%d_%H-%M-%S"  # how a run's folder is called; its --name follows
 TEMPORARY = ".tmp-"  # how the names of half-written files begin
 PLACES = ("data_dir", "log_dir")  # where things lie on one machine is no part of what a run is, and stays out of logs
 Row = dict[str, float]
@@ -83,7 +84,7 @@ def new_folder(log_dir: Path, name: str, files: Mapping[str, bytes | str]) -> Pa
     try:
         for file, data in files.items():
             write(hidden / file, data, durable=True)
-        stem = time.strftime("%Y-%m-%d_%H-%M-%S") + (f"-{name}" if name else "")
+        stem = time.strftime(DATE) + (f"-{name}" if name else "")
         for count in range(1, 1000):
             try:
                 folder = hidden.rename(runs / (stem if count == 1 else f"{stem}-{count}"))
@@ -173,8 +174,10 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
     return lines + record["notes"]
 
 
-def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any], device: str) -> dict[str, Any]:
-    """What config.json holds: the settings, and what they ran on. `notes` is what befell the run since."""
+def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any], device: str,
+           teacher: str | None = None) -> dict[str, Any]:
+    """What config.json holds: the settings, and what they ran on; `teacher` is the SHA-256 of the weights
+    of one. `notes` is what befell the run since."""
     import cv2
     import numpy
     import torch
@@ -187,6 +190,7 @@ def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any
         "network": dict(network), "dataset": dict(dataset),
         "machine": {"device": device, "system": platform.system()},
         "versions": versions | {"albumentations": importlib.metadata.version("albumentations")},
+        "teacher": teacher,
         "notes": [],
     }
 
@@ -266,11 +270,13 @@ def find_runs(log_dir: Path) -> list[Path]:
 
 
 def named_run(log_dir: Path, name: str) -> Path:
-    """The folder of the run that a person calls `name`: a folder's name under `log_dir`/runs, or a path."""
-    for folder in (log_dir / "runs" / name, Path(name)):
+    """The folder of the run that a person calls `name`: a folder's name under `log_dir`/runs, a path, or the --name that a run
+    there was given, the newest of that name. Raises UserError."""
+    named = [folder for folder in find_runs(log_dir) if folder.name[len(time.strftime(DATE)) + 1:] == name]
+    for folder in (log_dir / "runs" / name, Path(name), *named):
         if folder.is_dir():
             return folder.resolve()
-    raise UserError(f"there is no run {name}: neither a folder in {log_dir / 'runs'} nor a path to one")
+    raise UserError(f"there is no run {name}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, float | int]:

@@ -1,8 +1,10 @@
-"""Trained weights: found by the name of their run, and read with what is needed to use them."""
+"""Trained weights: saved, found by the name of their run, and read with what is needed to use them."""
 
+import hashlib
 import itertools
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from config import UserError
-from training.checkpoint import digest
 from training.images import Images
-from training.records import FINAL, SUMMARY, find_runs, named_run
+from training.records import FINAL, SUMMARY, find_runs, named_run, write
+
+MakeNet = Callable[[int, float, int], nn.Module]  # model.Net: number of classes, dropout and width in
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Weights:
     deviation: tuple[float, ...]
     config: dict[str, Any]
     fingerprint: str | None  # of the images trained on; None in files from before it was kept
+    digest: str  # SHA-256 of the tensors
 
     def trained_on(self, images: Images) -> bool:
         """Whether `images` are those that these weights were trained on, as far as can be told."""
@@ -35,6 +39,12 @@ class Weights:
             return self.fingerprint == images.fingerprint()
         pairs = zip((*self.mean, *self.deviation), itertools.chain(*images.statistics()), strict=True)
         return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
+
+    def network(self, make_net: MakeNet) -> nn.Module:
+        """The network with these weights. Raises UserError where they are another network's."""
+        net = make_net(len(self.class_names), self.config["dropout"], self.config["width"])
+        self.load_into(net)
+        return net
 
     def load_into(self, net: nn.Module) -> None:
         """Give `net` these weights. Raises UserError where they are another network's."""
@@ -77,7 +87,8 @@ def read(path: Path) -> Weights:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        if "sha256" in about and about["sha256"] != digest(path.read_bytes()):
+        sha256 = digest(path.read_bytes())
+        if about.get("sha256", sha256) != sha256:
             raise ValueError("its checksum is wrong")
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise ValueError("not all its weights are finite")
@@ -85,7 +96,28 @@ def read(path: Path) -> Weights:
         if not len(mean) == len(deviation) == 3:
             raise ValueError("its mean and standard deviation are not those of three channels")
         return Weights(path, tensors, tuple(map(str, about["class_names"])), mean, deviation,
-                       {"dropout": 0.0} | about["config"], about.get("images"))
+                       {"dropout": 0.0, "width": 1} | about["config"], about.get("images"), sha256)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
                         "anew") from error
+
+
+def save_weights(path: Path, net: nn.Module, about: Mapping[str, Any]) -> None:
+    """Write the weights as safetensors, with `about`, each value as JSON, as metadata. The same weights and metadata give
+    the same bytes."""
+    from safetensors.torch import save
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in net.state_dict().items()}
+    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    # The library writes the header's keys in another order in every process: 8 bytes that hold its length, then JSON.
+    length = int.from_bytes(data[:8], "little")
+    content = json.loads(data[8:8 + length])
+    content["__metadata__"]["sha256"] = json.dumps(digest(data))
+    header = json.dumps(content, sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    write(path, len(header).to_bytes(8, "little") + header + data[8 + length:], durable=True)
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of the tensors in the bytes of a safetensors file: of all that stands behind its header."""
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little"):]).hexdigest()
