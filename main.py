@@ -83,6 +83,7 @@ def go_on(name: str, given: dict[str, Any]) -> None:
 
 def sweep(configs: list[Config]) -> None:
     """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
+    from training.checkpoint import MOVABLE
     from training.comparison import settings
     from training.faults import Diverged, stopping_on_signals
     from training.images import load
@@ -104,7 +105,7 @@ def sweep(configs: list[Config]) -> None:
                 if folder and (folder / SUMMARY).exists():
                     print(f"is finished: {folder.name}")
                 elif folder:
-                    go_on(str(folder), {})
+                    go_on(str(folder), {name: getattr(config, name) for name in MOVABLE})
                 else:
                     train(config)
             except Diverged as end:
@@ -184,8 +185,8 @@ def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Che
         "kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint(),
         "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
         "mean": list(parts.mean), "deviation": list(parts.deviation)}, describe(parts.device),
-        parts.teacher.digest if parts.teacher else None)
-    places = {name: getattr(config, name) for name in records.PLACES}
+        parts.teacher.name if parts.teacher else "")
+    places = {name: getattr(config, name) for name in (*records.PLACES, "teacher")}  # as typed, to find them again
     if resumed:
         folder, lock, rows = resumed.folder, resumed.lock, resumed.state["rows"]
         with resumed.fitting():

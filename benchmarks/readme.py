@@ -74,8 +74,8 @@ def recipe_runs(recipe: str) -> list[Run]:
 
 
 def compute(config: Config) -> float:
-    """Multiply-adds of training, in multiples of the baseline's: a backward pass costs two forward ones. A teacher is trained for
-    the baseline's epochs, and predicts in every step."""
+    """Multiply-adds of training, in multiples of the baseline's: a backward pass costs two forward ones. A teacher is trained
+    for the baseline's epochs, and predicts in every step."""
     epochs = config.epochs / Config().epochs
     if not config.teacher:
         return epochs

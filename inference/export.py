@@ -20,6 +20,7 @@ from torch import Tensor
 from config import UserError
 from inference.classifier import Classifier
 from inference.onnx_session import Run, in_batches, session, session_runner
+from training.dilated import plain
 from training.images import Split
 from training.shapes import SIDE
 
@@ -96,6 +97,7 @@ def fold(classifier: Classifier) -> Classifier:
     from torch.fx.experimental.optimization import fuse
 
     folded = copy.deepcopy(classifier).cpu()
+    plain(folded.net)  # `fuse` knows PyTorch's own layers only
     folded.net = fuse(folded.net)
     return folded
 

@@ -28,7 +28,7 @@ def make(tmp_path):
              epochs: int = 80, name: str = "", **changes) -> Path:
         run = read_run(REFERENCE)
         record = copy.deepcopy(run.record)
-        record["config"] |= changes | {"seed": seed, "validation": validation, "epochs": epochs}
+        record["config"] |= changes | {"name": name, "seed": seed, "validation": validation, "epochs": epochs}
         record["network"] |= network or {}
         record["dataset"] |= (dataset or {}) | ({"sha256": "held out", "validation": validation} if validation else {})
         rows = [dict(row) for row in run.rows[:epochs]]
@@ -197,7 +197,31 @@ def test_named_runs_only_and_the_reference_with_them(make, tmp_path, capsys):
     assert read_run(REFERENCE).folder.name in out
     assert other.name not in out
     assert main.main(["compare", "nothing", "--log-dir", str(tmp_path)]) == 2
-    assert "there is no run nothing" in one_line(capsys.readouterr().err)
+    assert "there is no run 'nothing'" in one_line(capsys.readouterr().err)
+    (other / "summary.json").unlink()
+    assert main.main(["compare", "other", "--log-dir", str(tmp_path)]) == 2
+    assert f"there is nothing to compare: {other.name} is not finished" in one_line(capsys.readouterr().err)
+    assert main.main(["compare", "--log-dir", str(tmp_path / "typo")]) == 2
+    assert "there is no folder" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_name_that_several_runs_have_stands_for_all_of_them(make, tmp_path, capsys):
+    for seed in range(2):
+        make(88, seed, lr=0.05, name="mine")
+    assert main.main(["compare", "mine", "--log-dir", str(tmp_path)]) == 0
+    assert re.search(r"lr 0\.05 +0 1 ", capsys.readouterr().out)
+
+
+def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
+    for seed, shift in enumerate((0.1, 0.2)):
+        make(88, seed, affine_p=0.0, shift=shift)
+    make(88, coarse_dropout_size=8)
+    make(88, teacher="wide:12345678", temperature=4.0)
+    [table] = compared(tmp_path)
+    assert len(row_of(table, "affine_p 0.0").runs) == 2
+    row_of(table, "coarse_dropout_size 8")
+    row_of(table, "teacher wide:12345678")  # and not the temperature, which is the default
 
 
 def test_it_is_written_down_as_markdown_and_csv(make, tmp_path, capsys):

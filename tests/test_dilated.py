@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from model import Net
-from training.dilated import Conv2d, quicken
+from training.dilated import Conv2d, plain, quicken
 
 CPU = torch.device("cpu")
 
@@ -62,6 +62,13 @@ def test_on_a_gpu_pytorchs_own_is_kept():
     layer = depthwise()
     quicken(layer, torch.device("cuda"))
     assert type(layer) is nn.Conv2d
+
+
+def test_it_can_be_undone():
+    net = Net()
+    quicken(net, CPU)
+    plain(net)
+    assert not any(type(layer) is Conv2d for layer in net.modules())
 
 
 def test_evaluation_and_weights_are_those_of_a_plain_network():

@@ -16,6 +16,7 @@ import model
 from inference import export
 from inference.classifier import Classifier
 from training import weights
+from training.dilated import quicken
 from training.images import load
 
 onnx = pytest.importorskip("onnx", reason="requirements-test.txt is not installed")
@@ -173,3 +174,10 @@ def test_missing_packages_are_asked_for(exported, monkeypatch):
     status, _, err, _ = exported("onnx")
     assert status == 2
     assert "--to onnx needs the package onnxscript: python -m pip install onnx onnxscript onnxruntime" in one_line(err)
+
+
+def test_folding_finds_a_quickened_convolution_too():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False), nn.BatchNorm2d(3)).eval()
+    quicken(net, torch.device("cpu"))
+    folded = export.fold(Classifier(net, (0.5,) * 3, (0.5,) * 3).eval())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())

@@ -208,7 +208,7 @@ def test_wrong_input_is_one_line(used, tmp_path, pictures, capsys):
 
     image = str(next((pictures / "test").rglob("*.png")))
     (tmp_path / "empty").mkdir()
-    assert "there is no run nothing" in refused("test", "nothing")
+    assert "there is no run 'nothing'" in refused("test", "nothing")
     assert "there is no file nothing.safetensors" in refused("test", "nothing.safetensors")
     assert "there is no file" in refused("predict", str(tmp_path / "nothing.png"))
     assert "holds no image files" in refused("predict", str(tmp_path / "empty"))
@@ -234,7 +234,8 @@ def test_wrong_input_is_one_line(used, tmp_path, pictures, capsys):
     save_weights(tmp_path / "ten.safetensors", Net(10), about)
     assert "does not hold weights of the network in model.py for 3 classes" in refused("predict", image, "--run",
                                                                                      str(tmp_path / "ten.safetensors"))
-    for name, wrong in (("grey", {"mean": [0.5]}), ("words", {"mean": ["a", "b", "c"]}), ("bare", {"config": 1})):
+    for name, wrong in (("grey", {"mean": [0.5]}), ("words", {"mean": ["a", "b", "c"]}), ("bare", {"config": 1}),
+                        ("wide", {"config": {"width": "2"}})):
         save_weights(tmp_path / f"{name}.safetensors", Net(3), about | wrong)
         assert "holds no weights of this program" in refused("predict", image, "--run", str(tmp_path / f"{name}.safetensors"))
     broken = Net(3)

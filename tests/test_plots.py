@@ -66,7 +66,7 @@ def test_what_cannot_be_plotted_is_one_line(run, tmp_path, pictures, capsys):
     assert "there is no finished run" in plot()
     assert run("--epochs", "1")[0] == 0
     folder = only_run(tmp_path)
-    assert "there is no run nothing" in plot("nothing")
+    assert "there is no run 'nothing'" in plot("nothing")
     assert "there is no" in plot("--data-dir", str(tmp_path / "nowhere"))
     other = tmp_path / "other"
     for source in pictures.rglob("*.png"):

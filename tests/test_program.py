@@ -146,7 +146,7 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, mo
     (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unrecognized arguments: fly"),
     (["--dataset", "cifar10", "--data-dir", "/nowhere"], "could not be downloaded"),
     (["--validation", "100"], "validation is 100"), (["--data-dir", "x" * 300], "x" * 300),
-    (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run nothing")])
+    (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run 'nothing'")])
 def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arguments, words):
     status, out, err = run(*arguments)
     assert status == 2

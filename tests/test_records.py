@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pandas
 import pytest
@@ -145,12 +146,18 @@ def test_what_could_not_be_followed_is_named_below_the_table():
     assert text.splitlines()[-1].startswith("?: last is given what no layer put out")
 
 
-def test_a_run_is_known_by_its_folder_its_path_and_its_name(tmp_path):
+def test_a_run_is_known_by_its_folder_its_path_and_its_name(tmp_path, monkeypatch):
     older, newer, other = (tmp_path / "runs" / name for name in (
-        "2026-01-01_00-00-00-mine", "2026-02-01_00-00-00-mine", "2026-03-01_00-00-00-not-mine"))
-    for folder in (older, newer, other):
+        "2026-01-01_00-00-00-mine", "2026-02-01_00-00-00-mine-2", "2026-03-01_00-00-00-not-mine"))
+    for folder, name in ((older, "mine"), (newer, "mine"), (other, "not-mine")):
         folder.mkdir(parents=True)
-    assert records.named_run(tmp_path, "mine") == newer
-    assert records.named_run(tmp_path, older.name) == records.named_run(tmp_path, str(older)) == older
-    with pytest.raises(UserError, match="there is no run yours"):
-        records.named_run(tmp_path, "yours")
+        write(folder / "config.json", records.as_json({"config": {"name": name}}))
+    (tmp_path / "runs" / "2026-04-01_00-00-00-mine").mkdir()  # no run
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()  # a name has no slash, a path may have one
+    assert records.named_runs(tmp_path, "mine") == [newer, older]
+    assert records.named_runs(tmp_path, "./mine") == [tmp_path / "mine"]
+    assert records.named_runs(tmp_path, older.name) == records.named_runs(tmp_path, str(older)) == [older]
+    for name in ("yours", ""):
+        with pytest.raises(UserError, match=f"there is no run '{name}'"):
+            records.named_runs(tmp_path, name)

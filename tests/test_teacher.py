@@ -11,17 +11,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from training.capture import CapturedStep
+from training.checkpoint import config_of
+from training.comparison import settings
 from training.loop import TrainStep
 from training.records import find_runs, read_run
+from training.sweep import made
 from training.teacher import Teacher
-from training.weights import digest
+from training.weights import read
 
 CPU = torch.device("cpu")
 
 
 def network(seed: int) -> nn.Sequential:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 4))
 
 
 @pytest.fixture
@@ -85,7 +89,8 @@ def test_a_captured_step_learns_from_it_too(batch, device):
 
 @pytest.fixture
 def taught(run, tmp_path):
-    """A function that trains with the teacher `wide`, a run of one epoch: taught("--epochs", "2") -> (status, stderr, folder)."""
+    """A function that trains with the teacher `wide`, a run of one epoch: taught("--epochs", "2") -> (status, stderr,
+    folder)."""
     assert run("--epochs", "1", "--width", "2", "--name", "wide", "--seed", "5")[0] == 0
     [wide] = find_runs(tmp_path / "logs")
 
@@ -103,10 +108,29 @@ def test_a_run_learns_from_its_teacher(run, tmp_path, taught):
     assert folder.name.endswith("taught")
     record = read_run(folder).record
     assert record["network"]["parameters"] < read_run(taught.wide).record["network"]["parameters"] / 3
-    assert record["teacher"] == digest((taught.wide / "final.safetensors").read_bytes())
+    assert record["config"]["teacher"] == read(taught.wide / "final.safetensors").name
     _, _, without = taught("--epochs", "2", "--name", "without", teacher="")
     assert weights_of(without) != weights_of(folder)
-    assert read_run(without).record["teacher"] is None
+    assert read_run(without).record["config"]["teacher"] == ""
+
+
+def test_what_a_teacher_is_called_by_is_no_part_of_the_run(tmp_path, taught):
+    one, other = (taught("--epochs", "1", "--name", "taught", teacher=name)[2] for name in ("wide", str(taught.wide)))
+    assert one != other
+    assert weights_of(one) == weights_of(other)
+    for path in other.glob("*.*"):
+        assert str(tmp_path).encode() not in path.read_bytes() or path.suffix == ".pt"
+
+
+def test_runs_of_two_teachers_are_not_one_row_nor_one_for_a_sweep(run, tmp_path, taught):
+    fingerprint = read_run(taught.wide).record["dataset"]["sha256"]
+    _, _, first = taught("--epochs", "1", "--name", "taught")
+    config = config_of(read_run(first).record, {"log_dir": str(tmp_path / "logs"), "teacher": "wide"}, first)
+    assert made(config, fingerprint) == first
+    assert run("--epochs", "1", "--width", "3", "--name", "wide", "--seed", "6")[0] == 0
+    assert made(config, fingerprint) is None
+    _, _, second = taught("--epochs", "1", "--name", "taught", "--seed", "1")
+    assert settings(read_run(first).record["config"]) != settings(read_run(second).record["config"])
 
 
 def test_a_teacher_without_a_share_changes_no_bit(run, taught):
@@ -130,7 +154,7 @@ def test_a_resumed_run_has_the_same_teacher(run, tmp_path, taught, monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "teacher", "said"), [
-    ((), "nobody", "there is no run nobody"),
+    ((), "nobody", "there is no run 'nobody'"),
     (("--validation", "6"), None, "was trained on other images than this run's, or held others out"),
     (("--teacher-share", "1.5"), None, "teacher_share is 1.5, but must lie in 0 to 1"),
     (("--temperature", "0"), None, "temperature is 0.0, but must lie in 0.1 to 100"),

@@ -4,10 +4,11 @@ import albumentations as A
 import cv2
 
 from config import Config
+from training.shapes import SIDE
 
 
-def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float, ...], side: int = 32) -> A.Compose:
-    """What happens to a training image: uint8 side x side x 3 in, float32 side x side x 3 out. `mean` and `deviation` are
+def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float, ...]) -> A.Compose:
+    """What happens to a training image: uint8 32 x 32 x 3 in, float32 32 x 32 x 3 out. `mean` and `deviation` are
     each channel's, as fractions of 255. A step whose probability, or size, is 0 is left out.
 
     `Affine` is what Albumentations 2 recommends in place of the deprecated ShiftScaleRotate, here with its ranges and
@@ -15,8 +16,8 @@ def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float
     releases moved by up to two.
     """
     size = (config.coarse_dropout_size, config.coarse_dropout_size)
-    padded = side + 2 * config.crop_padding
-    crop = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(side, side)]
+    padded = SIDE + 2 * config.crop_padding
+    crop = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101), A.RandomCrop(SIDE, SIDE)]
     steps = [
         A.HorizontalFlip(p=config.flip_p),
         A.Affine(translate_percent=(-config.shift, config.shift), scale=(1 - config.scale, 1 + config.scale),

@@ -17,7 +17,7 @@ import torch
 
 from config import Config, UserError
 from training.faults import Diverged
-from training.records import SUMMARY, TEMPORARY, Log, find_runs, named_run, sync_folder, unwritable, write
+from training.records import SUMMARY, TEMPORARY, Log, find_runs, named_runs, sync_folder, unwritable, write
 
 NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
@@ -142,7 +142,7 @@ class Resumed:
         if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
             raise UserError(f"the images in {self.config.data_dir} are not those that run {self.folder.name} began with: "
                             "name the right folder with --data-dir")
-        if record["teacher"] != before.get("teacher"):
+        if record["config"]["teacher"] != before["config"].get("teacher", ""):
             raise UserError(f"teacher {self.config.teacher} is not the one that run {self.folder.name} began with: name "
                             "that one with --teacher")
         now, then = ({"threads": each["config"]["threads"], "batches": each["config"].get("batches", "workers"),
@@ -169,10 +169,10 @@ def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
     """The unfinished run `name`, or the newest if it is "", locked. `given` are the settings of the command line: those
     that are not MOVABLE must be the run's own. Raises UserError."""
     log_dir = Path(given.get("log_dir", Config.log_dir))
-    found = [named_run(log_dir, name)] if name else [run for run in find_runs(log_dir) if resumable(run)]
+    found = named_runs(log_dir, name) if name else [run for run in find_runs(log_dir) if resumable(run)]
     if not found:
         raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
-    folder = found[0]
+    folder = next(filter(resumable, found), found[0])
     if (folder / SUMMARY).exists():
         raise UserError(f"run {folder.name} is finished: there is nothing to resume")
     if not resumable(folder):

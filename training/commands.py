@@ -66,7 +66,7 @@ test images before it is written.
     python main.py export --to int8             model.int8.onnx, in 8 bits, calibrated on training images
     python main.py export --to torch RUN        model.pt2, for torch.export.load
 """
-FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "name", "pictures",
+FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "name", "pictures",
          "tensorboard")  # one value for a whole sweep
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from scipy.special import stdtr
 
 from config import Config, UserError
-from training.records import PLACES, Run, find_runs, named_run, read_run, write
+from training.records import PLACES, Run, find_runs, named_runs, read_run, write
 
 LEVEL = 0.05
 # What changes no result, or only as another seed does, tells no two runs apart.
@@ -26,15 +26,18 @@ NETWORK = {"parameters": "parameters", "multiply_adds": "multiply-adds", "recept
 def compare(log_dir: str, names: Sequence[str], reference: Path) -> None:
     """Print the tables of the finished runs in `log_dir`, all or those named, beside the `reference` run; write them to
     experiments.md and experiments.csv there, and draw the one with the newest run. Raises UserError for a name that is no
-    run's."""
+    run's, and where none of those named is finished."""
     logs = Path(log_dir)
-    folders = [named_run(logs, name) for name in names] or find_runs(logs)
-    runs, skipped = finished(folders)
+    if not logs.is_dir():
+        raise UserError(f"there is no folder {logs}: name the one that holds the runs with --log-dir")
+    folders = [folder for name in names for folder in named_runs(logs, name)] or find_runs(logs)
+    runs, skipped = finished(dict.fromkeys(folders))
+    if names and not runs:
+        raise UserError(f"there is nothing to compare: {skipped[0]}; name finished runs")
     found = tables(runs, read_run(reference))
     for line in skipped:
         print(f"left out: {line}")
     print(as_text(found))
-    logs.mkdir(parents=True, exist_ok=True)
     for name, text in (("experiments.md", as_markdown(found)), ("experiments.csv", as_csv(found))):
         write(logs / name, text)
     from training.plots import experiments  # matplotlib loads here

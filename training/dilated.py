@@ -35,6 +35,13 @@ def quicken(net: nn.Module, device: torch.device) -> None:
             layer.__class__ = Conv2d
 
 
+def plain(net: nn.Module) -> None:
+    """Undo `quicken`."""
+    for layer in net.modules():
+        if type(layer) is Conv2d:
+            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
+
+
 def _is_such(layer: nn.Conv2d) -> bool:
     step = layer.dilation[0]
     return (step > 1 and layer.groups == layer.in_channels and layer.kernel_size == (3, 3) and layer.stride == (1, 1)

@@ -40,7 +40,7 @@ class Parts:
     device: torch.device
     net: nn.Module
     optimizer: torch.optim.SGD
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    scheduler: torch.optim.lr_scheduler.CosineAnnealingLR
     step: Step
     teacher: Teacher | None
 
@@ -88,19 +88,9 @@ def build(config: Config, make_net: MakeNet) -> Parts:
     quicken(net, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")
-    return Parts(config, images, mean, deviation, policies, device, net, optimizer, make_scheduler(optimizer, config),
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs, eta_min=config.min_lr)
+    return Parts(config, images, mean, deviation, policies, device, net, optimizer, scheduler,
                  make_step(net, optimizer, device, config, teacher), teacher)
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, config: Config) -> torch.optim.lr_scheduler.LRScheduler:
-    """A learning rate for each epoch: rising to lr (Goyal et al. 2017), then the cosine (Loshchilov and Hutter 2017,
-    arXiv:1608.03983)."""
-    rising = round(config.warmup * config.epochs)
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=config.epochs - rising, eta_min=config.min_lr)
-    if not rising:
-        return cosine
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / (rising + 1), total_iters=rising)
-    return torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, cosine], milestones=[rising])
 
 
 def demonstrates(config: Config, kind: str) -> bool:

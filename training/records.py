@@ -175,9 +175,9 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
 
 
 def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any], device: str,
-           teacher: str | None = None) -> dict[str, Any]:
-    """What config.json holds: the settings, and what they ran on; `teacher` is the SHA-256 of the weights
-    of one. `notes` is what befell the run since."""
+           teacher: str = "") -> dict[str, Any]:
+    """What config.json holds: the settings, with `teacher` for what it was called by, and what they ran on. `notes` is what
+    befell the run since."""
     import cv2
     import numpy
     import torch
@@ -186,11 +186,10 @@ def record(config: Config, network: Mapping[str, Any], dataset: Mapping[str, Any
     versions = {"python": platform.python_version()}
     versions |= {package.__name__: str(package.__version__) for package in (torch, torchvision, cv2, numpy)}
     return {
-        "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in PLACES},
+        "config": {key: value for key, value in dataclasses.asdict(config).items() if key not in PLACES} | {"teacher": teacher},
         "network": dict(network), "dataset": dict(dataset),
         "machine": {"device": device, "system": platform.system()},
         "versions": versions | {"albumentations": importlib.metadata.version("albumentations")},
-        "teacher": teacher,
         "notes": [],
     }
 
@@ -269,14 +268,21 @@ def find_runs(log_dir: Path) -> list[Path]:
     return sorted((p for p in runs.iterdir() if p.is_dir() and not p.name.startswith(".")), reverse=True)
 
 
-def named_run(log_dir: Path, name: str) -> Path:
-    """The folder of the run that a person calls `name`: a folder's name under `log_dir`/runs, a path, or the --name that a run
-    there was given, the newest of that name. Raises UserError."""
-    named = [folder for folder in find_runs(log_dir) if folder.name[len(time.strftime(DATE)) + 1:] == name]
-    for folder in (log_dir / "runs" / name, Path(name), *named):
-        if folder.is_dir():
-            return folder.resolve()
-    raise UserError(f"there is no run {name}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
+def named_runs(log_dir: Path, name: str) -> list[Path]:
+    """The folders of the runs that a person calls `name`, newest first: one in `log_dir`/runs by its folder's name, all that
+    were given this --name, or one by its path. Raises UserError where there is none."""
+    found = [folder for folder in find_runs(log_dir) if name == folder.name or (name in folder.name and name == _given(folder))]
+    if not name or not (found or Path(name).is_dir()):
+        raise UserError(f"there is no run {name!r}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
+    return [folder.resolve() for folder in found or [Path(name)]]
+
+
+def _given(folder: Path) -> str:
+    """The --name that the run was given. (Behind it the folder's name may have a counter.)"""
+    try:
+        return str(read_record(folder)["config"]["name"])
+    except (UserError, KeyError, TypeError):  # a foreign folder
+        return ""
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, float | int]:

@@ -1,19 +1,23 @@
 """A sweep's runs: which of them have been made already."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from config import Config, UserError
 from training.checkpoint import resumable
 from training.comparison import settings
 from training.records import SUMMARY, find_runs, read_record
+from training.weights import find, read
 
 MODEL = Path(__file__).parents[1] / "model.py"
 
 
 def made(config: Config, fingerprint: str) -> Path | None:
     """The newest run of this config on the images with this fingerprint and with model.py as it is: a finished one, or else
-    one that can be resumed."""
+    one that can be resumed. Raises UserError for a teacher that can't be had."""
+    if config.teacher:
+        config = replace(config, teacher=read(find(Path(config.log_dir), config.teacher)).name)
     network = hashlib.sha256(MODEL.read_bytes()).hexdigest()
     same = [folder for folder in find_runs(Path(config.log_dir)) if _is_run_of(folder, config, fingerprint, network)]
     finished = [folder for folder in same if (folder / SUMMARY).exists()]

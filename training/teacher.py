@@ -13,10 +13,10 @@ from training.weights import MakeNet, find, read
 
 class Teacher:
     """A trained network, whose predictions for the very images of a batch, as they were augmented, are learned along with
-    the labels. `digest` is the SHA-256 of its weights."""
+    the labels. `name` is how logs call it."""
 
-    def __init__(self, net: nn.Module, share: float, temperature: float, digest: str) -> None:
-        self.net, self.share, self.temperature, self.digest = net.eval().requires_grad_(False), share, temperature, digest
+    def __init__(self, net: nn.Module, share: float, temperature: float, name: str) -> None:
+        self.net, self.share, self.temperature, self.name = net.eval().requires_grad_(False), share, temperature, name
 
     def join(self, loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
         """The loss to train by, a scalar, in nats: `loss`, that of the labels, and the Kullback-Leibler divergence of the
@@ -39,4 +39,4 @@ def find_teacher(config: Config, images: Images, device: torch.device, make_net:
         raise UserError(f"teacher {config.teacher} was trained on other images than this run's, or held others out: name "
                         "one of the same dataset and the same --validation")
     net = found.network(make_net).to(device).to(memory_format=torch.channels_last)
-    return Teacher(net, config.teacher_share, config.temperature, found.digest)
+    return Teacher(net, config.teacher_share, config.temperature, found.name)

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from config import UserError
+from config import Config, UserError
 from training.images import Images
-from training.records import FINAL, SUMMARY, find_runs, named_run, write
+from training.records import FINAL, SUMMARY, find_runs, named_runs, write
 
 MakeNet = Callable[[int, float, int], nn.Module]  # model.Net: number of classes, dropout and width in
 
@@ -32,6 +32,12 @@ class Weights:
     config: dict[str, Any]
     fingerprint: str | None  # of the images trained on; None in files from before it was kept
     digest: str  # SHA-256 of the tensors
+
+    @property
+    def name(self) -> str:
+        """How logs call these weights, wherever they lie: run, file, beginning of the SHA-256."""
+        file = "" if self.path.name == FINAL else f"/{self.path.name}"
+        return f"{self.path.resolve().parent.name}{file}:{self.digest[:8]}"
 
     def trained_on(self, images: Images) -> bool:
         """Whether `images` are those that these weights were trained on, as far as can be told."""
@@ -57,8 +63,8 @@ class Weights:
 
 
 def find(log_dir: Path, name: str | None) -> Path:
-    """The weights of the run that a person calls `name`: those at its end, or the .safetensors file that is named itself; of
-    the newest finished run where `name` is None. Raises UserError."""
+    """The weights of the newest finished run that a person calls `name`, or of any, where it is None: those at its end; or the
+    .safetensors file that is named itself. Raises UserError."""
     if name is None:
         folder = next(filter(_finished, find_runs(log_dir)), None)
         if folder is None:
@@ -71,9 +77,12 @@ def find(log_dir: Path, name: str | None) -> Path:
             raise UserError(f"there is no file {name}, also not below {log_dir / 'runs'}: name a run, or a .safetensors file "
                             "of one")
         return file
-    folder = named_run(log_dir, name)
-    if not _finished(folder):
+    folders = named_runs(log_dir, name)
+    folder = next(filter(_finished, folders), folders[0])
+    if not (folder / SUMMARY).exists():
         raise UserError(f"{name} is no finished run: go on with it (--resume), or name another one")
+    if not (folder / FINAL).exists():
+        raise UserError(f"run {name} has no {FINAL}: name one that has")
     return folder / FINAL
 
 
@@ -95,9 +104,11 @@ def read(path: Path) -> Weights:
         mean, deviation = (tuple(map(float, about[name])) for name in ("mean", "standard_deviation"))
         if not len(mean) == len(deviation) == 3:
             raise ValueError("its mean and standard deviation are not those of three channels")
-        return Weights(path, tensors, tuple(map(str, about["class_names"])), mean, deviation,
-                       {"dropout": 0.0, "width": 1} | about["config"], about.get("images"), sha256)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        config = {"dropout": 0.0, "width": 1} | about["config"]
+        Config(dropout=config["dropout"], width=config["width"])
+        class_names = tuple(map(str, about["class_names"]))
+        return Weights(path, tensors, class_names, mean, deviation, config, about.get("images"), sha256)
+    except (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
                         "anew") from error
 
