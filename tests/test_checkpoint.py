@@ -469,6 +469,9 @@ def test_a_loss_that_turns_nan_is_named(run, tmp_path, monkeypatch):
     assert "the loss became nan" in one_line(err)
     assert "epochs 0 to 0 are safe" in err
     assert len(load(only_run(tmp_path))[0]["rows"]) == 1
+    status, _, err = run("--resume")
+    assert status == 2
+    assert "there is no unfinished run" in one_line(err)  # but what would diverge again
 
 
 def test_other_runtime_errors_are_bugs():

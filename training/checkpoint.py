@@ -23,7 +23,7 @@ NEWEST, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 KEYS = {"net", "optimizer", "scheduler", "rows", "record", "places"}
 MOVABLE = {"workers", "data_dir", "log_dir", "teacher", "device", "threads", "pictures", "tensorboard"}  # in a resumed run
 INTERVAL = 10.0  # seconds between writes, so that a GPU's short epochs don't spend their time on them
-LOCK = ".lock"
+LOCK, DIVERGED = ".lock", ".diverged"
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -71,6 +71,8 @@ class Checkpoints:
             self.write()
         safe = f"epochs 0 to {self.saved - 1} are safe" if self.saved else "no epoch is finished yet"
         if isinstance(end, Diverged):
+            with suppress(OSError):
+                (self.folder / DIVERGED).touch()
             end.add_note(f"{safe} in {self.folder}, but to resume it would only repeat this")
         else:
             usual = Path(Config.log_dir, "runs").resolve() == self.folder.parent.resolve()
@@ -166,10 +168,11 @@ class Resumed:
 
 
 def take_up(name: str, given: Mapping[str, Any]) -> Resumed:
-    """The unfinished run `name`, or the newest if it is "", locked. `given` are the settings of the command line: those
-    that are not MOVABLE must be the run's own. Raises UserError."""
+    """The unfinished run `name`, or if it is "" the newest that didn't diverge, locked. `given` are the settings of the command
+    line: those that are not MOVABLE must be the run's own. Raises UserError."""
     log_dir = Path(given.get("log_dir", Config.log_dir))
-    found = named_runs(log_dir, name) if name else [run for run in find_runs(log_dir) if resumable(run)]
+    found = named_runs(log_dir, name) if name else [
+        run for run in find_runs(log_dir) if resumable(run) and not (run / DIVERGED).exists()]
     if not found:
         raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
     folder = next(filter(resumable, found), found[0])
