@@ -12,8 +12,8 @@ def train_policy(config: Config, mean: tuple[float, ...], deviation: tuple[float
     each channel's, as fractions of 255. A step whose probability, or size, is 0 is left out.
 
     `Affine` is what Albumentations 2 recommends in place of the deprecated ShiftScaleRotate, here with its ranges and
-    its border. It shifts by whole pixels, rounded towards zero: 0.0625 of 32 pixels is one pixel at the most, where older
-    releases moved by up to two.
+    its border. It shifts by whole pixels, rounded towards zero: 3/32 of the side is two pixels at the most, which older
+    releases reached, in fractions of pixels, with 2/32.
     """
     size = (config.coarse_dropout_size, config.coarse_dropout_size)
     padded = SIDE + 2 * config.crop_padding
