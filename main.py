@@ -84,7 +84,7 @@ def go_on(name: str, given: dict[str, Any]) -> None:
 def sweep(configs: list[Config]) -> None:
     """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
     from training.checkpoint import MOVABLE
-    from training.comparison import settings
+    from training.differences import settings
     from training.faults import Diverged, stopping_on_signals
     from training.images import load
     from training.parts import demonstrates, demonstration

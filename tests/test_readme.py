@@ -14,7 +14,7 @@ from test_program import RATES
 from benchmarks import readme
 from config import RECIPES, Config
 from model import Net, facts
-from training.comparison import settings
+from training.differences import settings
 from training.records import read_log, read_run
 
 REFERENCE = ROOT / "logs" / "reference"

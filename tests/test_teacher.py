@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from training.capture import CapturedStep
 from training.checkpoint import config_of
-from training.comparison import settings
+from training.differences import settings
 from training.loop import TrainStep
 from training.records import find_runs, read_run
 from training.sweep import made

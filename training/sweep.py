@@ -6,7 +6,7 @@ from pathlib import Path
 
 from config import Config, UserError
 from training.checkpoint import resumable
-from training.comparison import settings
+from training.differences import settings
 from training.records import SUMMARY, find_runs, read_record
 from training.weights import find, read
 
