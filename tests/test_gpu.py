@@ -50,7 +50,6 @@ def test_looking_at_the_figures_waits_for_nothing():
         torch.cuda.set_sync_debug_mode("default")
 
 
-
 def test_device_batches_are_the_same_on_a_gpu():
     split = synthetic().train
     few = Split(split.images[:300], split.labels[:300])
