@@ -150,7 +150,8 @@ def updated(text: str) -> str:
               "training profile": result("training_profile"), "same training": result("same_training"),
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
               "inference profile": result("inference_profile"), "single changes": changes_table("single_changes"),
-              "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length")}
+              "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
+              "fast changes": changes_table("fast_changes")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]

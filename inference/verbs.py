@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from config import UserError
+from config import Config, UserError
 from inference.classifier import Classifier
 from inference.predict import as_json, as_text, image_files, predictions
 from inference.test import report
@@ -30,7 +30,8 @@ def trained(asked: Namespace, make_net: MakeNet) -> "tuple[weights.Weights, Part
     found = weights.read(weights.find(Path(asked.log_dir), asked.run))
     here = {"data_dir": asked.data_dir, "log_dir": asked.log_dir, "device": asked.device, "threads": 0, "batches": "auto",
             "capture": False, "teacher": ""}
-    parts = build(config_of({"config": found.config}, here, found.path.parent), make_net)
+    known = {name: value for name, value in found.config.items() if hasattr(Config, name)}  # others were for its training
+    parts = build(config_of({"config": known}, here, found.path.parent), make_net)
     if not found.trained_on(parts.images):
         raise UserError(f"the images in {asked.data_dir} are not those that {found.path} was trained on: name their folder "
                         "with --data-dir")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, one_line
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_program import only_run
 from torch import nn
@@ -258,6 +259,20 @@ def test_weights_from_before_fingerprints_are_known_by_their_statistics(used, tm
     assert found.trained_on(images)
     assert older.trained_on(images)
     assert not dataclasses.replace(older, mean=(0.1, 0.2, 0.3)).trained_on(images)
+
+
+def test_a_run_is_used_that_had_a_setting_which_there_no_longer_is(used, tmp_path):
+    path = only_run(tmp_path) / "final.safetensors"
+    before = used("test", str(path))
+    with safe_open(path, "pt") as file:
+        about = {key: json.loads(value) for key, value in file.metadata().items() if key != "sha256"}
+    about["config"]["deleted_since"] = 0.5
+    net = Net(3)
+    net.load_state_dict(load_file(path))
+    save_weights(path, net, about)
+    assert weights.read(path).config["deleted_since"] == 0.5
+    assert used("test", str(path)) == before
+    assert before[0] == 0
 
 
 def test_an_unfinished_run_is_not_used(used, tmp_path):

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_program import RATES
 
+import main
 from benchmarks import readme
 from config import RECIPES, Config
 from model import Net, facts
@@ -105,6 +106,13 @@ def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar
         with torch.no_grad():
             right += int((net(pixels.permute(0, 3, 1, 2)).argmax(1) == labels).sum())
     assert right / 100 == pytest.approx(read_log(REFERENCE / "model_accuracy.log")[1][79]["test_acc"], abs=0.02)
+
+
+@pytest.mark.parametrize("weights", sorted(REFERENCE.rglob("*.safetensors")), ids=lambda path: path.parent.name)
+def test_the_program_can_still_test_every_committed_network(weights, cifar10, capsys):
+    assert main.main(["test", str(weights.parent), "--flip", "--data-dir", str(cifar10), "--device", "cpu"]) == 0
+    accuracy = float(re.search(r"accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+    assert accuracy == pytest.approx(read_run(weights.parent).rows[-1]["test_acc"], abs=0.02)
 
 
 def test_the_readme_names_every_folder_and_file_there_is():
