@@ -1,9 +1,9 @@
-"""The two ways of making batches train to the same accuracy: a few seeds each, on real images.
+"""The ways of making batches train to the same accuracy: a few seeds each, on real images.
 
-    python benchmarks/same_training.py --data-dir ~/data --epochs 80     prints, and writes benchmarks/results/same_training.txt
+    python benchmarks/same_training.py --data-dir ~/data --epochs 80   prints, and writes benchmarks/results/same_training*.txt
 
 Every run is main.py with its own seed. Workers and device draw from different generators, so the figures differ as those of
-two seeds do; what is compared is their means, by the standard error of the difference.
+two seeds do; what is compared is their means, by the standard error of the difference. On CUDA captured steps join.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from training.records import Run, find_runs, read_run
@@ -20,38 +22,58 @@ from training.records import Run, find_runs, read_run
 RESULTS = Path(__file__).parent / "results"
 
 
-def trained(arguments: argparse.Namespace, batches: str, seed: int) -> Run:
+def trained(arguments: argparse.Namespace, way: list[str], seed: int) -> Run:
     """One run of main.py."""
     with tempfile.TemporaryDirectory() as logs:
         subprocess.run([sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
-                        arguments.data_dir, "--log-dir", logs, "--epochs", str(arguments.epochs), "--batches", batches,
-                        "--seed", str(seed), "--no-pictures"], check=True, stdout=subprocess.DEVNULL)
+                        arguments.data_dir, "--log-dir", logs, "--epochs", str(arguments.epochs), "--device", arguments.device,
+                        "--workers", str(arguments.workers), "--seed", str(seed), "--no-pictures", *way],
+                       check=True, stdout=subprocess.DEVNULL)
         return read_run(find_runs(Path(logs))[0])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--epochs", type=int, default=1, help="length of the schedule (default: 1; the baseline has 80)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--epochs", type=int, default=3, help="length of the schedule (default: 3; the baseline has 80)")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a spread needs at least 2 seeds")
-    workers, device = ([trained(arguments, batches, seed) for seed in range(arguments.seeds)]
-                       for batches in ("workers", "device"))
-    lines = [f"Batches by workers and on the device, {device[0].record['machine']['device']}, a schedule of {arguments.epochs} "
-             f"epochs, {arguments.seeds} seeds each: mean and standard deviation in %", ""]
-    for name in ("train_acc", "test_acc"):
-        one, other = ([run.rows[-1][name] for run in runs] for runs in (workers, device))
-        difference = statistics.mean(other) - statistics.mean(one)
-        error = ((statistics.variance(one) + statistics.variance(other)) / arguments.seeds) ** 0.5
-        lines.append(f"{name:<9}  workers {statistics.mean(one):.2f} +- {statistics.stdev(one):.2f}   "
-                     f"device {statistics.mean(other):.2f} +- {statistics.stdev(other):.2f}   "
-                     f"difference {difference:+.2f}, its standard error {error:.2f}")
-    text = "\n".join(lines) + "\n"
-    print(text)
+    ways = {"workers": ["--batches", "workers"], "device": ["--batches", "device"]}
+    if arguments.device == "cuda":
+        ways["captured"] = ["--batches", "device", "--capture"]
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
+    for seed in range(arguments.seeds):
+        for way, flags in ways.items():
+            runs[way].append(trained(arguments, flags, seed))
+            print(f"{way}, seed {seed}: {runs[way][-1].rows[-1]}", flush=True)
+    text = table(runs)
+    print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "same_training.txt").write_text(text)
+    (RESULTS / f"same_training{'' if arguments.device == 'cpu' else '_cuda'}.txt").write_text(text)
+
+
+def table(runs: dict[str, list[Run]]) -> str:
+    """The accuracies of each way of making batches, and how they differ from the first way's."""
+    first = next(iter(runs.values()))
+    lines = [f"Batches made in different ways, {first[0].record['machine']['device']}, epochs: {len(first[0].rows)}, "
+             f"seeds: {len(first)}", "mean +- standard deviation in %, difference from the first row +- its standard error", "",
+             f"{'':<10}{'train':>15}{'difference':>17}{'test':>17}{'difference':>17}"]
+    for way, made in runs.items():
+        line = f"{way:<10}"
+        for name in ("train_acc", "test_acc"):
+            one, other = ([run.rows[-1][name] for run in each] for each in (first, made))
+            difference = statistics.mean(other) - statistics.mean(one)
+            error = ((statistics.variance(one) + statistics.variance(other)) / len(one)) ** 0.5
+            line += f"{statistics.mean(other):9.2f} +- {statistics.stdev(other):.2f}"
+            line += f"{difference:+10.2f} +- {error:.2f}" if made is not first else " " * 17
+        if "cuda" in first[0].record["machine"]["device"]:
+            line += f"   {statistics.median(sum(row['seconds'] for row in run.rows) for run in made):.1f} s"
+        lines.append(line.rstrip())
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

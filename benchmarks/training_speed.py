@@ -50,7 +50,7 @@ def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
         measured["test"] = timed(lambda each: test(parts.net, each, parts.device), lambda: batches.in_order("test"),
                                  10, parts.device)["train"]
     if parts.device.type == "cuda":
-        measured["memory"] = torch.cuda.max_memory_allocated()
+        measured["memory"] = torch.cuda.max_memory_reserved()
     return measured
 
 
@@ -220,37 +220,49 @@ def main() -> None:
         print(json.dumps(rows[arguments.measure](arguments)))
         return
     found: dict[str, list[Measured]] = {path: [] for path in rows}
-    for _ in range(arguments.repeats):
-        for path in rows:
-            found[path].append(measured(path, arguments))
-            print(f"{path}: {found[path][-1]['train']:.0f} images/s", flush=True)
-    shares, kernels = profile(arguments)
-    text = table(found, arguments) + "\n" + "\n".join(floor(arguments.device, kernels)) + "\n"
-    if sys.platform == "linux":
-        peaks = ", ".join(f"--batches {batches}: {peak_memory(arguments, batches):.2f} GB" for batches in ("workers", "device"))
-        text += f"peak memory of python main.py --epochs 1, all processes: {peaks}\n"
-    print("\n" + text + "\n" + shares)
+    usual = next(iter(rows))
     RESULTS.mkdir(exist_ok=True)
     ending = "" if arguments.device == "cpu" else "_cuda"
-    (RESULTS / f"training_speed{ending}.txt").write_text(text)
-    (RESULTS / f"training_profile{ending}.txt").write_text(shares)
+    speeds, shares = RESULTS / f"training_speed{ending}.txt", RESULTS / f"training_profile{ending}.txt"
+    for _ in range(arguments.repeats):
+        for path in list(found):
+            try:
+                found[path].append(measured(path, arguments))
+            except subprocess.CalledProcessError:  # no compiler for torch.compile, say; its own words are above
+                if path == usual:
+                    raise
+                print(f"{path}: left out, because it failed")
+                del found[path]
+                continue
+            print(f"{path}: {found[path][-1]['train']:.0f} images/s", flush=True)
+        speeds.write_text(table(found, arguments))
+    text, kernels = profile(arguments)
+    shares.write_text(text)
+    with speeds.open("a") as lines:
+        print("", *floor(arguments.device, kernels), sep="\n", file=lines)
+        if sys.platform == "linux":
+            peaks = (f"--batches {batches}: {peak_memory(arguments, batches):.2f} GB" for batches in ("workers", "device"))
+            print("peak memory of python main.py --epochs 1, all processes:", ", ".join(peaks), file=lines)
+    print("", speeds.read_text(), text, sep="\n")
 
 
 def table(found: dict[str, list[Measured]], arguments: argparse.Namespace) -> str:
-    """The rows with their medians; the times of an epoch and of 80 epochs with a test each are worked out from them."""
-    usual = statistics.median(each["train"] for each in next(iter(found.values())))
-    lines = [f"Training speed, {machine(arguments.device)}, batch 128, {arguments.repeats} interleaved measurements of "
+    """The rows with their medians; the times of an epoch and of 80 epochs with a test each are worked out from them. The
+    ratio is to the first row, on a GPU also to the last."""
+    medians = {path: {key: statistics.median(each[key] for each in values) for key in values[0]}
+               for path, values in found.items()}
+    usual, last, repeats = next(iter(medians.values())), list(medians)[-1], len(next(iter(found.values())))
+    lines = [f"Training speed, {machine(arguments.device)}, batch 128, {repeats} interleaved measurements of "
              + (f"{arguments.steps} steps" if arguments.device == "cpu" else "a whole epoch"), "",
              f"{'':<29} {'images/s: median':>16} {'min':>7} {'max':>7} {'ratio':>7} {'epoch, s':>9} {'80 epochs, s':>13}"]
-    for path, values in found.items():
-        train, test = (statistics.median(each[key] for each in values) for key in ("train", "test"))
-        speeds = [each["train"] for each in values]
-        lines.append(f"{path:<29} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual:7.2f} "
-                     f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / test):13,.1f}")
+    for path, median in medians.items():
+        train, speeds = median["train"], [each["train"] for each in found[path]]
+        lines.append(f"{path:<29} {train:16,.0f} {min(speeds):7,.0f} {max(speeds):7,.0f} {train / usual['train']:7.2f} "
+                     f"{TRAIN / train:9.2f} {EPOCHS * (TRAIN / train + TEST / median['test']):13,.1f}")
     if arguments.device == "cuda":
-        lines += ["", *(f"{path}: first step {statistics.median(each['first'] for each in values):.1f} s"
-                        + (f", {values[0]['memory'] / 1e9:.2f} GB of the GPU" if "memory" in values[0] else "")
-                        for path, values in found.items())]
+        lines += ["", *(f"{path}: {median['train'] / medians[last]['train']:.2f} times {last}; once {median['once']:.1f} s"
+                        + (f"; {median['memory'] / 1e9:.2f} GB of the GPU" if "memory" in median else "")
+                        for path, median in medians.items())]
     return "\n".join(lines) + "\n"
 
 

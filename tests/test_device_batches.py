@@ -23,6 +23,7 @@ from model import Net
 from training import augment, parts
 from training.augment import train_policy
 from training.batches import Batches
+from training.capture import CapturedStep
 from training.device_batches import DeviceBatches
 from training.device_policy import DevicePolicy, Unsupported
 from training.images import Split
@@ -400,15 +401,16 @@ class HostReads(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_the_steps_of_an_epoch_wait_for_nothing(monkeypatch):
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_steps_of_an_epoch_wait_for_nothing(monkeypatch, captured):
     monkeypatch.setattr("training.loop.time.monotonic", lambda: 0.0)  # nobody looks at the bar
     reads = []
     for count in (16, 64):
         net = Net().to(memory_format=torch.channels_last)
-        step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), CPU, 0.0)
+        step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True), CPU, 0.0)
         batches = device_batches(8, count=count)
         with HostReads() as host, tqdm(disable=True) as bar:
-            train_epoch(step, batches.shuffled("train", 0), bar)
+            train_epoch(CapturedStep(step) if captured else step, batches.shuffled("train", 0), bar)
             evaluate(net, batches.in_order("test"), CPU)
         reads.append(host.count)
     # at the end of training the sums, then loss and right predictions of them; at the end of the test the two of them

@@ -55,7 +55,7 @@ def test_the_test_gives_the_figures_of_the_log(used, tmp_path):
     assert sum(by_class) / 3 == pytest.approx(last["test_acc"], abs=0.01)  # as many of each
     assert "mirrored" not in out
     plain = out
-    status, out, err = used("test", str(only_run(tmp_path) / "final.safetensors"), "--flip")
+    status, out, err = used("test", str(only_run(tmp_path) / "final.safetensors"), "--flip", "--device", "cpu")
     assert (status, err) == (0, "")
     assert out.startswith(plain.rstrip("\n"))
     assert "with each image also mirrored: accuracy" in out
@@ -153,7 +153,7 @@ def test_what_is_transparent_is_white(tmp_path):
 @pytest.mark.parametrize("at_once", [5, 256])
 def test_predictions_are_the_networks(used, tmp_path, pictures, monkeypatch, at_once):
     monkeypatch.setattr(inference.predict, "AT_ONCE", at_once)
-    status, out, err = used("predict", str(pictures / "test"), "--json", "--top", "3")
+    status, out, err = used("predict", str(pictures / "test"), "--json", "--top", "3", "--device", "cpu")
     assert (status, err) == (0, "")
     found = json.loads(out)
     files = sorted((pictures / "test").rglob("*.png"))

@@ -45,7 +45,7 @@ def test_a_run_ends_with_its_pictures_and_plot_draws_them_again(run, tmp_path, p
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
         first[path.name] = pixels
         path.unlink()
-    assert main.main(["plot", "--log-dir", str(tmp_path / "logs"), "--data-dir", str(pictures)]) == 0
+    assert main.main(["plot", "--log-dir", str(tmp_path / "logs"), "--data-dir", str(pictures), "--device", "cpu"]) == 0
     for name, pixels in first.items():
         assert np.array_equal(pixels, np.asarray(Image.open(folder / name).convert("RGB"))), name
 

@@ -107,10 +107,12 @@ def _warm_up(run: Callable[[], object], device: torch.device) -> None:
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UP):
-            run()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                run()
+    finally:  # whoever puts things back has to come after what has been launched
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:

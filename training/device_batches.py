@@ -11,8 +11,8 @@ from training.batches import ORDER, WHOLE_BATCHES, random_stream
 from training.device_policy import DevicePolicy, Unsupported
 from training.images import Split
 
-TEST_BATCH = 500  # images a step of a test
 AT_ONCE = 4096  # images that a GPU augments together
+TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images a step of a test
 
 
 def settled(wanted: str, policies: dict[str, A.Compose], split: Split, device: torch.device) -> str:
@@ -50,7 +50,7 @@ class DeviceBatches:
 
     def in_order(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a test."""
-        return self._run(split, 0, np.arange(len(self.images[split])), TEST_BATCH)
+        return self._run(split, 0, np.arange(len(self.images[split])), TEST_BATCH[self.device.type])
 
     def close(self) -> None:
         """Nothing to end."""

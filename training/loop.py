@@ -97,7 +97,8 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         with self.autocast:
             logits = self.net(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            # autocast would leave its softmax in bfloat16
+            loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
             if self.teacher:
                 loss = self.teacher.join(loss, logits, images)
         self.optimizer.zero_grad()
