@@ -63,8 +63,8 @@ class Config:
     label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
 
     # a teacher
-    teacher: str = setting("", "a finished run, usually of a wider network, whose predictions are learned along with the "
-                           "labels: its --name, its folder's name under logs/runs, or a path; none if empty")
+    teacher: str = setting("", "a finished run, of a wider network or trained longer, whose predictions are learned along with "
+                           "the labels: its --name, its folder's name under logs/runs, or a path; none if empty")
     teacher_share: float = setting(0.9, "share of the teacher in the loss; the labels have the rest", low=0, high=1)
     temperature: float = setting(4.0, "what logits are divided by before the teacher's and the network's are compared",
                                  low=0.1, high=100)

@@ -29,7 +29,7 @@ Read logs/model_accuracy.log, an aligned row an epoch, and logs/torch_summary.lo
 SWEEP = """Train once for each combination of the values, and for each seed; then compare all runs.
 
     python main.py sweep --lr 0.01,0.05,0.1 --seeds 3 --epochs 8 --validation 5000
-    python main.py sweep --one-at-a-time --flip-p 0.5,0 --nesterov false,true --dropout 0,0.1,0.2 --epochs 8
+    python main.py sweep --one-at-a-time --flip-p 0.5,0 --dropout 0,0.1,0.2 --epochs 8 --validation 5000
 
 A setting with one value has it in every run; one with several, with commas between, varies. With --one-at-a-time there is a
 run with the defaults, and each value that is no default varies alone. Repeat the command after an interruption: finished
@@ -184,8 +184,9 @@ def _of_a_run(verb: str, description: str, *settings: str, run: str = "run") -> 
     """A parser for what is done with a finished run; of the `settings`, those that are not given have Config's default."""
     parser = Parser(verb, description)
     how: dict[str, Any] = {} if run.startswith("-") else {"nargs": "?"}
-    parser.add_argument(run, metavar="RUN", **how, help="a run's --name, its folder's name under logs/runs, a path, or a "
-                        ".safetensors file; the newest finished run if none is named")
+    path = "or a path" if verb == "plot" else "a path, or a .safetensors file"
+    parser.add_argument(run, metavar="RUN", **how, help=f"a run's --name, its folder's name under logs/runs, {path}; the "
+                        "newest finished run if none is named")
     for name in settings:
         parser.add_setting(Config.__dataclass_fields__[name])
     parser.set_defaults(**{name: getattr(Config, name) for name in settings})

@@ -91,7 +91,7 @@ def _finished(folder: Path) -> bool:
 
 
 def read(path: Path) -> Weights:
-    """The weights in a file that training.checkpoint.save_weights wrote. Raises UserError where it is damaged or foreign."""
+    """The weights in a file that save_weights wrote. Raises UserError where it is damaged or foreign."""
     try:
         with safe_open(path, "pt") as file:
             about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
