@@ -77,7 +77,8 @@ class Config:
 
     # run
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    capture: bool = setting(False, "record a step of training as a CUDA graph and replay it; for batches on a CUDA device")
+    capture: bool = setting(False, "record a step of training as a CUDA graph and replay it; for batches on a CUDA device, "
+                            "and a network that computes the same way in every step")
     seed: int = setting(0, "the one source of the run's randomness", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads that compute; 0: one for each core the program may use", low=0, high=1024)
     name: str = setting("", "a word put behind the date in the name of the run's folder")
