@@ -151,7 +151,7 @@ def updated(text: str) -> str:
               "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
               "inference profile": result("inference_profile"), "single changes": changes_table("single_changes"),
               "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
-              "fast changes": changes_table("fast_changes")}
+              "fast changes": changes_table("fast_changes"), "strong changes": changes_table("strong_changes")}
     for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]
