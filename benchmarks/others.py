@@ -26,7 +26,8 @@ Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 def timed(run: Callable[[Batches], object], make: Callable[[], Batches], steps: int, device: torch.device) -> Measured:
     """Images per second of `run`, which works through batches, on those that `make` gives: on a GPU a whole pass, after
     another as warm-up, and what that took longer; on a CPU `steps` batches."""
-    seen, batches, begun = 0, iter(make()), time.perf_counter()
+    begun = time.perf_counter()
+    seen, batches = 0, iter(make())  # which starts workers, if there are any
 
     def counted(batches: Batches) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         nonlocal seen

@@ -408,10 +408,12 @@ def test_the_steps_of_an_epoch_wait_for_nothing(monkeypatch, captured):
     for count in (16, 64):
         net = Net().to(memory_format=torch.channels_last)
         step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, fused=True), CPU, 0.0)
+        wrapped = CapturedStep(step) if captured else step
         batches = device_batches(8, count=count)
         with HostReads() as host, tqdm(disable=True) as bar:
-            train_epoch(CapturedStep(step) if captured else step, batches.shuffled("train", 0), bar)
+            train_epoch(wrapped, batches.shuffled("train", 0), bar)
             evaluate(net, batches.in_order("test"), CPU)
+        assert not captured or wrapped.possible
         reads.append(host.count)
     # at the end of training the sums, then loss and right predictions of them; at the end of the test the two of them
     assert reads[0] == reads[1] == 5

@@ -168,7 +168,7 @@ def test_predictions_are_the_networks(used, tmp_path, pictures, monkeypatch, at_
     for each, row in zip(found, expected, strict=True):
         assert [part["class"] for part in each["classes"]] == [read.class_names[i] for i in row.argsort(descending=True)]
         assert [part["probability"] for part in each["classes"]] == pytest.approx(sorted(row.tolist(), reverse=True), abs=1e-5)
-    status, out, _ = used("predict", str(files[0]), "--top", "1")
+    status, out, _ = used("predict", str(files[0]), "--top", "1", "--device", "cpu")
     best = found[0]["classes"][0]
     assert out == f"{files[0]}: {best['class']} {100 * best['probability']:.1f} %\n"
 
@@ -263,7 +263,7 @@ def test_weights_from_before_fingerprints_are_known_by_their_statistics(used, tm
 
 def test_a_run_is_used_that_had_a_setting_which_there_no_longer_is(used, tmp_path):
     path = only_run(tmp_path) / "final.safetensors"
-    before = used("test", str(path))
+    before = used("test", str(path), "--device", "cpu")
     with safe_open(path, "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items() if key != "sha256"}
     about["config"]["deleted_since"] = 0.5
@@ -271,7 +271,7 @@ def test_a_run_is_used_that_had_a_setting_which_there_no_longer_is(used, tmp_pat
     net.load_state_dict(load_file(path))
     save_weights(path, net, about)
     assert weights.read(path).config["deleted_since"] == 0.5
-    assert used("test", str(path)) == before
+    assert used("test", str(path), "--device", "cpu") == before
     assert before[0] == 0
 
 

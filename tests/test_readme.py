@@ -21,12 +21,14 @@ from training.records import read_log, read_run
 REFERENCE = ROOT / "logs" / "reference"
 
 
-def test_the_readmes_tables_are_what_the_logs_and_the_network_say():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("document", "tables"), [
+    ("README.md", ["rows", "log", "recipes", "stages", "training speed", "training profile", "dilated", "same training",
+                   "checkpoint overhead", "inference", "inference profile"]),
+    ("LEARNINGS.md", ["single changes", "recipe changes", "recipe at length", "fast changes", "strong changes"])])
+def test_the_tables_are_what_the_logs_and_the_network_say(document, tables):
+    text = (ROOT / document).read_text(encoding="utf-8")
     assert readme.updated(text) == text
-    assert re.findall("<!-- (?!end of)(.*?) -->", text) == [
-        "rows", "log", "recipes", "stages", "training speed", "training profile", "dilated", "same training",
-        "checkpoint overhead", "inference", "inference profile"]
+    assert re.findall("<!-- (?!end of)(.*?) -->", text) == tables
 
 
 def test_a_changed_figure_would_be_noticed():
@@ -111,8 +113,12 @@ def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar
 @pytest.mark.parametrize("weights", sorted(REFERENCE.rglob("*.safetensors")), ids=lambda path: path.parent.name)
 def test_the_program_can_still_test_every_committed_network(weights, cifar10, capsys):
     assert main.main(["test", str(weights.parent), "--flip", "--data-dir", str(cifar10), "--device", "cpu"]) == 0
-    accuracy = float(re.search(r"accuracy ([\d.]+) %", capsys.readouterr().out)[1])
+    out = capsys.readouterr().out
+    accuracy = float(re.search(r"accuracy ([\d.]+) %", out)[1])
     assert accuracy == pytest.approx(read_run(weights.parent).rows[-1]["test_acc"], abs=0.02)
+    mirrored = float(re.search(r"mirrored: accuracy ([\d.]+) %", out)[1])
+    told = re.search("also mirrored at the test, .*? `python", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)[0]
+    assert mirrored in [pytest.approx(float(figure), abs=0.02) for figure in re.findall(r"([\d.]+) %", told)]
 
 
 def test_the_readme_names_every_folder_and_file_there_is():

@@ -97,7 +97,7 @@ class TrainStep:
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         with self.autocast:
             logits = self.net(images)
-            # autocast would leave its softmax in bfloat16
+            # on CUDA autocast would leave its softmax in bfloat16
             loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
             if self.teacher:
                 loss = self.teacher.join(loss, logits, images)
