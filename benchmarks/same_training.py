@@ -29,7 +29,8 @@ def trained(arguments: argparse.Namespace, way: str, flags: list[str], seed: int
     if not any((run / SUMMARY).exists() for run in find_runs(logs)):
         command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
                    arguments.data_dir, "--log-dir", str(logs), "--epochs", str(arguments.epochs), "--device", arguments.device,
-                   "--workers", str(arguments.workers), "--seed", str(seed), "--no-pictures", *flags]
+                   "--workers", str(arguments.workers), "--threads", str(arguments.threads), "--seed", str(seed),
+                   "--no-pictures", *flags]
         logs.mkdir(parents=True, exist_ok=True)
         with open(logs / PRINTED, "w") as printed:
             subprocess.run(command, check=True, stdout=printed)
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3, help="length of the schedule (default: 3; the baseline has 80)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=0, help="as of main.py")
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a spread needs at least 2 seeds")
