@@ -432,7 +432,7 @@ def test_a_killed_worker_is_named(pictures, tmp_path):
     process = started(pictures, tmp_path)
     os.kill(children(process.pid)[0], signal.SIGKILL)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
+    assert process.returncode == 2, err
     assert "a worker process was killed" in one_line(err)
     assert "epochs 0 to" in err
     assert "--resume" in err
@@ -444,8 +444,11 @@ def test_a_killed_worker_is_named(pictures, tmp_path):
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory ran out: free some"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: free some"),
     (RuntimeError("unable to allocate shared memory(shm) for file"), "shared memory ran out: use --workers 0"),
-    (MemoryError(), "smaller --batch-size")])
-def test_memory_that_runs_out_is_named(run, tmp_path, monkeypatch, error, words):
+    (MemoryError(), "smaller --batch-size"),
+    (EOFError(), "a worker process was killed"),
+    (ConnectionResetError(104, "Connection reset by peer"), "a worker process was killed"),
+    (RuntimeError("received 0 items of ancdata"), "a worker process was killed")])
+def test_what_ends_a_run_from_outside_is_named(run, tmp_path, monkeypatch, error, words):
     at_epoch(monkeypatch, 2, raising(error))
     status, _, err = run("--epochs", "4")
     assert status == 2

@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import signal
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -98,3 +99,5 @@ def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Only the thread that hands batches over would use it, when whom they are for has gone
+    sys.excepthook = lambda *_: None

@@ -8,6 +8,7 @@ from types import FrameType
 from config import UserError
 
 MORE_MEMORY = "free some that other programs hold, or start a new run with a smaller --batch-size"
+WORKER_KILLED = "a worker process was killed, most likely because memory ran out: lower --workers"
 
 
 class Diverged(UserError):
@@ -49,12 +50,14 @@ def named_faults() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory ran out: {MORE_MEMORY}") from error
+    except (EOFError, ConnectionError) as error:  # a worker's batch was on its way
+        raise UserError(WORKER_KILLED) from error
     except (MemoryError, RuntimeError) as error:
         said = str(error)  # PyTorch has no classes of their own for these
         if "shared memory" in said:
             raise UserError("shared memory ran out: use --workers 0, or give the container more of it (--shm-size)") from error
-        if said.startswith("DataLoader worker (pid"):
-            raise UserError("a worker process was killed, most likely because memory ran out: lower --workers") from error
+        if said.startswith("DataLoader worker (pid") or "ancdata" in said:
+            raise UserError(WORKER_KILLED) from error
         if isinstance(error, MemoryError) or "can't allocate memory" in said or "out of memory" in said:
             raise UserError(f"memory ran out: {MORE_MEMORY}") from error
         raise
