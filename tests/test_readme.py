@@ -17,6 +17,7 @@ from config import RECIPES, Config
 from model import Net, facts
 from training.differences import settings
 from training.records import read_log, read_run
+from training.weights import read
 
 REFERENCE = ROOT / "logs" / "reference"
 
@@ -60,7 +61,7 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    made = [path for path in REFERENCE.iterdir() if path.name not in RECIPES]
+    made = [path for path in REFERENCE.iterdir() if path.name not in (*RECIPES, "fast-taught")]
     assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
@@ -76,6 +77,14 @@ def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
         assert run.record["network"] | {"model_sha256": ""} == facts(Net()) | {"model_sha256": ""}
         assert len(run.rows) == run.summary["epochs"] == run.record["config"]["epochs"]
     assert len({run.record["config"]["seed"] for run in runs}) == len(runs)
+
+
+def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committed_strong():
+    (teacher,) = {run.record["config"]["teacher"] for run in readme.recipe_runs("fast-taught")}
+    assert teacher == read(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
+    for run in readme.recipe_runs("fast-taught"):
+        assert settings(run.record["config"]) == settings(vars(Config(**RECIPES["fast"], teacher=teacher)))
+        assert len(run.rows) == run.summary["epochs"] == 20
 
 
 def test_no_committed_log_holds_an_absolute_path():
