@@ -1,10 +1,11 @@
-"""Every setting of a run: name, default, range, unit, meaning; and the named recipes.
+"""Every setting of a run: name, default, meaning, unit, range; and the recipes.
 
-Edit a default here and run `python main.py` again, or leave the file alone and give the setting as a flag of the same
-name: `python main.py --batch-size 256 --nesterov`. The text beside each setting is its flag's help.
+Edit a default here and run `python main.py` again, or give the setting as a flag of the same name:
+`python main.py --batch-size 256 --nesterov`. The text beside a setting is the help of its flag.
 """
 
 import dataclasses
+import difflib
 import math
 import re
 from dataclasses import dataclass
@@ -12,34 +13,33 @@ from typing import Any
 
 
 class UserError(Exception):
-    """Something that the person who started the program can put right: shown as one line, without a traceback."""
+    """An error that the user can put right. The program ends with its message as one line on stderr and exit status 2."""
 
 
 def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None,
             choices: tuple[str, ...] = ()) -> Any:
-    """A field of Config with what its flag and its validation need; `low` and `high` belong to the range."""
+    """A field of Config, with what its flag and its check need. The range includes `low` and `high`."""
     return dataclasses.field(default=default, metadata={"help": meaning, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The settings of one run. Raises UserError, naming field, value and range, when made with one out of its range."""
+    """The settings of one run. A value of the wrong type or out of its range raises UserError."""
 
     # data
-    dataset: str = setting("auto", "the pictures: cifar10; folder, your own; synthetic, built in; auto, cifar10 if it is "
-                           "there or can be had, else a demonstration on synthetic",
+    dataset: str = setting("auto", "images: cifar10; folder: your own; synthetic: built in; auto: cifar10 if it is there or "
+                           "can be downloaded, else a demonstration on synthetic",
                            choices=("auto", "cifar10", "folder", "synthetic"))
-    data_dir: str = setting("data", "the folder that holds cifar-10-batches-py, or train/<class>/* and test/<class>/*")
+    data_dir: str = setting("data", "folder with cifar-10-batches-py, or with train/<class>/* and test/<class>/*")
     batch_size: int = setting(128, "images a step", low=1, high=65536)
-    validation: int = setting(0, "training images held out to choose settings by, class-balanced, the same ones for "
-                              "every seed; the test images, which must not choose anything, are then looked at only "
-                              "once, after the last epoch", low=0, high=10**7)
-    workers: int = setting(2, "processes that augment images beside the training; changes speed, never results",
+    validation: int = setting(0, "training images to hold out, equally many of each class, the same for every seed; choose "
+                              "settings by their accuracy: the test images are then evaluated once, after the last epoch",
+                              low=0, high=10**7)
+    workers: int = setting(2, "processes that augment images (--batches workers); changes speed, never results",
                            low=0, high=256)
-    batches: str = setting("auto", "where batches are made: device, whole ones at once, on the device that trains; workers, "
-                           "image by image, in processes; auto, device if the augmentation can run there. The random numbers "
-                           "of the two differ, their distribution does not",
-                           choices=("auto", "device", "workers"))
+    batches: str = setting("auto", "where batches are made: device: whole batches, on the device that trains; workers: image "
+                           "by image, in processes; auto: device if the augmentation can run there. Random numbers differ "
+                           "between the two, their distribution does not", choices=("auto", "device", "workers"))
 
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -55,36 +55,38 @@ class Config:
 
     # optimization
     epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
-    lr: float = setting(0.01, "learning rate of SGD at the cosine's beginning", low=1e-12, high=1000)
-    min_lr: float = setting(1e-6, "learning rate that the cosine ends at, after the last epoch", low=0, high=1000)
+    lr: float = setting(0.01, "learning rate of SGD at the start of the cosine", low=1e-12, high=1000)
+    min_lr: float = setting(1e-6, "learning rate at the end of the cosine, after the last epoch", low=0, high=1000)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
-    nesterov: bool = setting(False, "Nesterov's form of the momentum")
+    nesterov: bool = setting(False, "use Nesterov momentum")
     weight_decay: float = setting(5e-4, "L2 penalty on all parameters", low=0, high=10)
-    label_smoothing: float = setting(0.0, "share of the training target spread evenly over all classes", low=0, high=0.99)
+    label_smoothing: float = setting(0.0, "share of the target to spread evenly over all classes", low=0, high=0.99)
 
-    # a teacher
-    teacher: str = setting("", "a finished run, of a wider network or trained longer, whose predictions are learned along with "
-                           "the labels: its --name, its folder's name under logs/runs, or a path; none if empty")
-    teacher_share: float = setting(0.9, "share of the teacher in the loss; the labels have the rest", low=0, high=1)
-    temperature: float = setting(4.0, "what logits are divided by before the teacher's and the network's are compared",
+    # distillation
+    teacher: str = setting("", "finished run to distill into the new network: its --name, its folder's name under logs/runs, "
+                           "or a path; empty: train on labels alone")
+    teacher_share: float = setting(0.9, "weight of the distillation loss; the labels have the rest", low=0, high=1)
+    temperature: float = setting(4.0, "temperature of the distillation loss: both networks' logits are divided by it",
                                  low=0.1, high=100)
 
     # model
-    width: int = setting(1, "factor of the network's channels: 1 is the network of 155,434 parameters, 2 or more a teacher "
-                         "for it", low=1, high=16)
-    dropout: float = setting(0.0, "probability that a feature is dropped before the classifier; 0 leaves the layer out",
-                             low=0, high=0.99)
+    width: int = setting(1, "factor of all channels: 1 is the network of 155,434 parameters", low=1, high=16)
+    dropout: float = setting(0.0, "dropout probability before the classifier; 0 leaves the layer out", low=0, high=0.99)
 
     # run
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    capture: bool = setting(False, "record a step of training as a CUDA graph and replay it; for batches on a CUDA device, "
-                            "and a network that computes the same way in every step")
-    seed: int = setting(0, "the one source of the run's randomness", low=0, high=2**32 - 1)
-    threads: int = setting(0, "CPU threads that compute; 0: one for each core the program may use", low=0, high=1024)
-    name: str = setting("", "a word put behind the date in the name of the run's folder")
-    pictures: bool = setting(True, "draw pictures into the run's folder at its end; python main.py plot does so at any time")
-    tensorboard: bool = setting(False, "also write TensorBoard event files, into the run's folder")
-    log_dir: str = setting("logs", "where model_accuracy.log, torch_summary.log and the runs' folders go")
+    capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, with "
+                           "batches made on the device, after a check that the replay computes the same",
+                           choices=("auto", "on", "off"))
+    deterministic: bool = setting(False, "use deterministic kernels only, so that CUDA gives the same bits in every run")
+    instruction_set: str = setting("auto", "CPU instructions to use: auto: all the processor has; avx2: at most AVX2, for the "
+                                   "same bits on newer processors", choices=("auto", "avx2"))
+    seed: int = setting(0, "seed of all random numbers", low=0, high=2**32 - 1)
+    threads: int = setting(0, "CPU threads that compute; 0: one for each core", low=0, high=1024)
+    name: str = setting("", "word to put behind the date in the name of the run's folder")
+    pictures: bool = setting(True, "draw pictures at the end of the run; python main.py plot draws them at any time")
+    tensorboard: bool = setting(False, "write TensorBoard event files, too")
+    log_dir: str = setting("logs", "folder for model_accuracy.log, torch_summary.log and the runs' folders")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -93,24 +95,32 @@ class Config:
                 object.__setattr__(self, field.name, value := float(value))
             _check(field, value)
         if self.min_lr > self.lr:
-            raise UserError(f"min_lr is {self.min_lr}, above lr, {self.lr}: the cosine only falls; lower min_lr")
+            raise UserError(f"--min-lr is {self.min_lr}, above --lr, {self.lr}: the cosine only falls; lower --min-lr")
         if self.nesterov and self.momentum == 0:
-            raise UserError("nesterov is on but momentum is 0.0: Nesterov's form needs a momentum above 0")
+            raise UserError("--nesterov is on but --momentum is 0.0: Nesterov momentum must be above 0")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
-            raise UserError(f"device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
-        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name):
-            raise UserError(f"name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.+=-")
+            raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
+        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):
+            raise UserError(f"--name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.+=-, "
+                            "and must not end in .safetensors")
+
+
+def flag(name: str) -> str:
+    """The flag of a setting: --batch-size of batch_size."""
+    return "--" + name.replace("_", "-")
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
     """Raise UserError unless `value` has the field's type and lies in its range."""
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
     if type(value) is not field.type:
-        raise UserError(f"{field.name} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
+        raise UserError(f"{flag(field.name)} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
     if choices and value not in choices:
-        raise UserError(f"{field.name} is {value!r}, but must be one of {', '.join(choices)}")
+        near = difflib.get_close_matches(value, choices, n=1)
+        raise UserError(f"{flag(field.name)} is {value!r}, but must be one of {', '.join(choices)}"
+                        + (f": did you mean {near[0]}?" if near else ""))
     if low is not None and not (math.isfinite(value) and low <= value <= high):
-        raise UserError(f"{field.name} is {value}, but must lie in {low} to {high}")
+        raise UserError(f"{flag(field.name)} is {value}, but must lie in {low} to {high}")
 
 
 # Chosen as LEARNINGS.md tells; by itself only the learning rate was found to do more than noise

@@ -1,300 +1,156 @@
-"""The command line, and the story of a run told in order: its parts, its records, its epochs, its final files.
+"""Train a compact depthwise-separable CNN on CIFAR-10: this file tells a run from top to bottom.
 
-    python main.py            trains; python main.py --help lists every setting and the other commands
+    python main.py                      80 epochs with the settings of config.py
+    python main.py --recipe fast        20 epochs, tuned
+    python main.py --resume             resume the newest unfinished run
+    python main.py --help               all settings and commands
+
+Images -> augmentation policies -> Net -> SGD -> cosine schedule -> epochs of training and testing -> logs, checkpoints,
+weights, pictures. To change one of them, change it here; settings are in config.py, the network is in model.py.
 """
 
-import contextlib
-import io
+if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
+    from commands.start import parse_or_exit
+    arguments = parse_or_exit()
+
 import math
-import os
-import sys
 import time
-from argparse import Namespace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from config import Config, UserError
-from training import commands
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:  # what needs torch is imported where it is used, so that --help answers at once
-    from training.batches import Batches
-    from training.checkpoint import Checkpoints, Resumed
-    from training.device_batches import DeviceBatches
-    from training.parts import Parts
-    from training.records import Log
+from analysis.identity import describe_network
+from analysis.summary import torch_summary
+from batches.making import Batches, make_batches, make_policies, resolve_batches
+from commands.plot import draw_pictures
+from commands.start import run_or_exit
+from config import Config
+from images.dataset import Images
+from images.loading import load_images, resolve_dataset
+from model import Net
+from runs.finding import next_number, refuse_run_folder
+from runs.record import make_record
+from runs.resuming import Unfinished
+from runs.tensorboard import check_tensorboard, event_writer, write_events
+from runs.weights import check_teacher, find_teacher
+from runs.writer import RunWriter, resume_run, start_run
+from training.capture import make_step
+from training.dilated import use_fast_dilated_convs
+from training.distillation import Distillation
+from training.epoch import check_output, evaluate, train_epoch
+from training.machine import (
+    available_cores,
+    describe_device,
+    find_device,
+    instruction_set,
+    keep_freed_memory,
+    memory_format,
+    seed_torch,
+    set_determinism,
+)
+from training.metrics import Result
+from training.schedule import learning_rate
+from training.step import Step
 
-REFERENCE = Path(__file__).parent / "logs" / "reference"
-BAR = "{desc} |{bar:8}| {remaining} left, {rate_noinv_fmt}{postfix}"  # both fit into 80 columns
-RUN_BAR = "{desc} |{bar:20}| {n_fmt} of {total_fmt} epochs, {remaining} left"
-
-
-# ---------------------------------------------------------------- the command line
-
-def main(arguments: list[str]) -> int:
-    """Run the program; returns its exit status. Errors that a person can put right end in one line on stderr."""
-    try:
-        from training.faults import Stopped
-        try:
-            verb, rest = arguments[:1], arguments[1:]
-            if verb == ["sweep"]:
-                sweep(commands.parse_sweep(rest))
-            elif verb == ["compare"]:
-                compare(commands.parse_compare(rest))
-            elif verb == ["plot"]:
-                plot(commands.parse_plot(rest))
-            elif verb in (["test"], ["predict"], ["export"]):
-                use(verb[0], getattr(commands, f"parse_{verb[0]}")(rest))
-            else:
-                train_or_resume(*commands.parse(arguments))
-        except Stopped as stop:
-            return _complain(f"stopped by {stop.signal.name}", stop, stop.status)
-    except (UserError, OSError) as error:  # an OSError that nobody foresaw is still the machine's, and names its file
-        return _complain(f"error: {error}", error, 2)
-    except KeyboardInterrupt as stop:  # before or after the handlers of stopping_on_signals are in place
-        return _complain("stopped by SIGINT", stop, 130)
-    return 0
+NOT_MEASURED = Result(math.nan, math.nan)
+EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
+RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 
-def _complain(line: str, error: BaseException, status: int) -> int:
-    """Print `line` and the notes on `error` as one line on stderr; returns `status`."""
-    print(" ".join(("; ".join([line, *getattr(error, "__notes__", [])])).split()), file=sys.stderr)
-    return status
-
-
-def train_or_resume(given: dict[str, Any], resume: str | None) -> None:
-    """`python main.py`: a new run with the settings `given`, or the run to resume, "" being the newest."""
-    config = Config(**given) if resume is None else None  # a resumed run's settings are judged with its others
-    from training.faults import stopping_on_signals
-
-    with stopping_on_signals():
-        if config:
-            train(config)
-        else:
-            go_on(resume or "", given)
-
-
-def go_on(name: str, given: dict[str, Any]) -> None:
-    """Train the unfinished run `name`, or the newest if it is "", to its end."""
-    from training.checkpoint import take_up
-
-    resumed = take_up(name, given)
-    train(resumed.config, resumed)
-
-
-def sweep(configs: list[Config]) -> None:
-    """`python main.py sweep`: the runs that have not been made, one after another, then the comparison of all."""
-    from training.checkpoint import MOVABLE
-    from training.differences import settings
-    from training.faults import Diverged, stopping_on_signals
-    from training.images import load
-    from training.parts import demonstrates, demonstration
-    from training.records import SUMMARY
-    from training.sweep import made
-
-    with stopping_on_signals():
-        images = load(configs[0].dataset, configs[0].data_dir)
-        kind = images.kind
-        fingerprints = {count: images.hold_out(count).fingerprint() for count in {config.validation for config in configs}}
-        del images  # each run loads its own
-        for number, config in enumerate(configs, 1):
-            folder = made(demonstration(config) if demonstrates(config, kind) else config, fingerprints[config.validation])
-            changed = {name: value for name, value in settings(vars(config)).items() if value != getattr(Config, name)}
-            print(f"\nRun {number} of {len(configs)}: " + "".join(f"{name} {value}, " for name, value in changed.items())
-                  + f"seed {config.seed}", flush=True)
-            try:
-                if folder and (folder / SUMMARY).exists():
-                    print(f"is finished: {folder.name}")
-                elif folder:
-                    go_on(str(folder), {name: getattr(config, name) for name in MOVABLE})
-                else:
-                    train(config)
-            except Diverged as end:
-                print(f"ended early: {end}")
-            except BaseException as end:
-                end.add_note("or repeat the sweep, which skips what is finished")
-                raise
-    compare(Namespace(log_dir=configs[0].log_dir, runs=[]))
-
-
-def compare(asked: Namespace) -> None:
-    """`python main.py compare`: runs side by side."""
-    from training.comparison import compare as compare_runs
-
-    compare_runs(asked.log_dir, asked.runs, REFERENCE)
-
-
-def plot(asked: Namespace) -> None:
-    """`python main.py plot`: the pictures of a finished run, from its weights and its images."""
-    from inference.verbs import trained
-    from model import Net
-
-    if asked.run and asked.run.endswith(".safetensors"):
-        raise UserError(f"{asked.run} is no run: pictures are drawn of a run; name its folder")
-    weights, parts = trained(asked, Net)
-    draw(parts, weights.path.parent)
-
-
-def use(verb: str, asked: Namespace) -> None:
-    """`python main.py test`, `predict` or `export`: a trained network put to use."""
-    from inference import verbs
-    from model import Net
-
-    getattr(verbs, verb)(asked, Net)
-
-
-# ---------------------------------------------------------------- a run
-
-def train(config: Config, resumed: "Resumed | None" = None) -> None:
-    """One run, new or resumed: its parts, its records, its epochs, its final files. Raises UserError, and what bugs
-    raise, with a note on what is safe and how to go on."""
-    from model import Net
-    from training.events import check_package
-    from training.faults import named_faults
-    from training.parts import build
-
+def train(config: Config, unfinished: Unfinished | None = None) -> Path:
+    """Train a new run, or an unfinished one to its end. Returns the run's folder."""
+    refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
-        check_package()
-    with named_faults():
-        parts = build(config, Net)
-        log, checkpoints = open_records(parts, resumed)
-    try:
-        with named_faults():
-            run_epochs(parts, log, checkpoints)
-        finish(parts, log)
-    except BaseException as end:
-        checkpoints.rescue(end)
-        with contextlib.suppress(Exception):  # `end` may have come between an epoch's checkpoint and its row
-            del log.rows[checkpoints.saved:]
-            log.update()
-        raise
-    if parts.config.pictures:
-        draw(parts, log.folder)
-    print("Next: python main.py test, predict IMAGE, export --to onnx; or compare, with other runs")
+        check_tensorboard()
+    teacher = find_teacher(config)  # before any image is downloaded
+    set_determinism(config)
+    device = find_device(config.device)
+
+    # Images, and what augments and normalizes them
+    images = load_images(config.dataset, config.data_dir)
+    config = resolve_dataset(config, images)
+    images = images.hold_out(config.validation)
+    mean, std = images.statistics()
+    policies = make_policies(config, mean, std)
+    config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
+                     threads=config.threads or available_cores())
+
+    # Network, optimizer, loss. The learning rate is a function of the config and the epoch: training/schedule.py
+    keep_freed_memory()
+    torch.set_num_threads(config.threads)
+    seed_torch(config.seed, 0)
+    net = Net(len(images.class_names), config.dropout, config.width).to(device).to(memory_format=memory_format(device))
+    check_output(net, len(images.class_names), device)
+    network, network_summary = describe_network(net), torch_summary(net, str(device))
+    use_fast_dilated_convs(net, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                                weight_decay=config.weight_decay, fused=device.type == "cuda")
+    distillation = None
+    if teacher:
+        check_teacher(teacher, config, images)
+        teacher_net = teacher.build_net().to(device).to(memory_format=memory_format(device))
+        distillation = Distillation(teacher_net, config.teacher_share, config.temperature)
+    step = make_step(net, optimizer, device, config, distillation)
+
+    # Records: what the run is, and what it leaves on disk
+    machine = {"device": describe_device(device), "instruction_set": instruction_set()}
+    record = make_record(config, network, images, machine, next_number(Path(config.log_dir)), teacher.name if teacher else "")
+    writer = (resume_run(unfinished, config, record, net, optimizer) if unfinished
+              else start_run(config, record, net, optimizer))
+
+    with writer, closing(make_batches(config, images, policies, device)) as batches:
+        writer.start_log(network_summary)
+        run_epochs(config, images, batches, step, writer)
+        summary = writer.finish()
+        print(f"\nFinal test accuracy {summary['test_acc']:.2f} %, train {summary['train_acc']:.2f} %, after "
+              f"{summary['epochs']} epoch{'s' if summary['epochs'] > 1 else ''} in {summary['seconds']:,.0f} s\n"
+              f"Everything is in {writer.folder}")
+        if config.pictures:
+            draw_pictures(net, batches, images, policies["train"], device, writer.folder)
+    print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
+    return writer.folder
 
 
-def open_records(parts: "Parts", resumed: "Resumed | None") -> tuple["Log", "Checkpoints"]:
-    """The log and the checkpoints: of a new run, in a folder of its own, or of a resumed one, whose state the parts
-    then have. Raises UserError where nothing can be written, or the state doesn't fit."""
-    import model
-    from training import checkpoint, records
-    from training.loop import describe
-    from training.summary import torch_summary
-
-    config, images = parts.config, parts.images
-    record = records.record(config, model.facts(parts.net), {
-        "kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint(),
-        "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
-        "mean": list(parts.mean), "deviation": list(parts.deviation)}, describe(parts.device),
-        parts.teacher.name if parts.teacher else "")
-    places = {name: getattr(config, name) for name in (*records.PLACES, "teacher")}  # as typed, to find them again
-    if resumed:
-        folder, lock, rows = resumed.folder, resumed.lock, resumed.state["rows"]
-        with resumed.fitting():
-            record = resumed.continued(record)
-            parts.restore(resumed.state)
-    else:
-        rows = []
-        first = parts.state() | {"rows": rows, "record": record, "places": places}
-        folder = records.new_folder(Path(config.log_dir), config.name, {
-            records.CONFIG: records.as_json(record), checkpoint.NEWEST: checkpoint.pack(first)})
-        lock = checkpoint.lock(folder)
-    log = records.Log(folder, Path(config.log_dir), record, rows)
-    log.start(torch_summary(parts.net, model.convolutions(parts.net), str(parts.device)))
-    print("\n".join(log.comments), end="\n\n", flush=True)
-    return log, checkpoint.Checkpoints(folder, lock, places, saved=len(rows))
+def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
+    """Train and test for the epochs that are left; after each, save its row of the log, and a checkpoint if one is due."""
+    first = len(writer.rows)
+    progress = tqdm(total=config.epochs, initial=first, desc="run", disable=None if config.epochs > 1 else True,
+                    leave=False, dynamic_ncols=True, bar_format=RUN_BAR)
+    with progress, event_writer(config.tensorboard, writer.folder, first) as events:
+        for epoch in range(first, config.epochs):
+            last = epoch == config.epochs - 1
+            row = run_epoch(config, images, batches, step, epoch, last)
+            line = writer.save_epoch(row, last)
+            write_events(events, row)
+            with progress.external_write_mode():  # above the bars
+                print(line, flush=True)
+            progress.update()
 
 
-def run_epochs(parts: "Parts", log: "Log", checkpoints: "Checkpoints") -> None:
-    """The epochs, from the one that the scheduler is at to the last; after each a checkpoint and a row in the log."""
-    from tqdm import tqdm
-
-    from training.events import event_files, write_row
-
-    print(log.header(), flush=True)
-    first, epochs = parts.scheduler.last_epoch, parts.config.epochs
-    with (contextlib.closing(parts.batches()) as batches, event_files(parts.config.tensorboard, log.folder, first) as events,
-          tqdm(total=epochs, initial=first, desc="run", unit=" epochs", disable=None if epochs > 1 else True, leave=False,
-               dynamic_ncols=True, bar_format=RUN_BAR) as bar):
-        for epoch in range(first, epochs):
-            last = epoch == epochs - 1
-            row = run_epoch(parts, batches, epoch, last)
-            best = "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in log.rows)
-            log.rows.append(row)
-            if best:  # before the checkpoint: after a crash in between, the epoch is repeated, and this with it
-                save(parts, log, "best.safetensors")
-            checkpoints.epoch_ended(parts.state(), log, last)
-            log.update()
-            write_row(events, row)
-            with bar.external_write_mode():  # above the bars
-                print(log.last_row(), flush=True)
-            bar.update()
-
-
-def run_epoch(parts: "Parts", batches: "Batches | DeviceBatches", epoch: int, last: bool) -> dict[str, float]:
-    """Train one epoch, then test: the epoch's row of the log."""
-    from tqdm import tqdm
-
-    from training.loop import seed_torch, test, train_epoch
-
-    config, net, device = parts.config, parts.net, parts.device
-    started, images = time.perf_counter(), len(parts.images.train)
-    row: dict[str, float] = {"epoch": epoch, "lr": float(parts.scheduler.get_last_lr()[0])}
+def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoch: int, last: bool) -> dict[str, float]:
+    """Train for one epoch, then evaluate. Returns the epoch's row of the log."""
+    started, net, device = time.perf_counter(), step.net, step.device
     seed_torch(config.seed, epoch + 1)
-    with tqdm(total=images, desc=f"epoch {epoch}", unit=" images", mininterval=1, disable=None, leave=False,
-              dynamic_ncols=True, bar_format=BAR) as bar:
-        row["train_loss"], row["train_acc"] = train_epoch(parts.step, batches.shuffled("train", epoch), bar)
-    parts.scheduler.step()
+
+    def rate(images_trained_on: int) -> float:
+        return learning_rate(config, epoch + images_trained_on / len(images.train))
+
+    progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, disable=None, leave=False,
+                    dynamic_ncols=True, bar_format=EPOCH_BAR)
+    with progress:
+        train_result = train_epoch(step, batches.shuffled("train", epoch), rate, progress)
+    row = {"epoch": epoch, "lr": rate(0), "train_loss": train_result.loss, "train_acc": train_result.accuracy}
     if config.validation:
-        row["val_loss"], row["val_acc"] = test(net, batches.in_order("validation"), device)
-    # Who chooses settings by the validation images must not see the test images before the end.
+        row["val_loss"], row["val_acc"] = evaluate(net, batches.in_order("validation"), device)
+    # Whoever chooses settings by the validation images must not see the test images before the end.
     hidden = config.validation and not last
-    row["test_loss"], row["test_acc"] = (math.nan, math.nan) if hidden else test(net, batches.in_order("test"), device)
+    row["test_loss"], row["test_acc"] = NOT_MEASURED if hidden else evaluate(net, batches.in_order("test"), device)
     row["seconds"] = time.perf_counter() - started
     return row
 
 
-def finish(parts: "Parts", log: "Log") -> None:
-    """The final weights, and last the summary, which marks the run as finished."""
-    from training import records
-
-    save(parts, log, records.FINAL)
-    log.update(durable=True)
-    summary = records.summarize(log.rows)
-    records.write(log.folder / records.SUMMARY, records.as_json(summary), durable=True)
-    print(f"\nFinal test accuracy {summary['test_acc']:.2f} %, train {summary['train_acc']:.2f} %, "
-          f"after {summary['epochs']} epochs in {summary['seconds']:,.0f} s\nEverything is in {log.folder}")
-
-
-def draw(parts: "Parts", folder: Path) -> None:
-    """The pictures of a finished run, into its folder."""
-    from model import convolutions
-    from training.loop import predict
-    from training.plots import draw_all
-    from training.records import read_run
-
-    with contextlib.closing(parts.batches()) as batches:
-        logits, _ = predict(parts.net, batches.in_order("test"), parts.device)
-    stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(parts.net)
-              if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last of each block counts
-    names = draw_all(read_run(folder), parts.images, parts.policies["train"], logits.softmax(1).cpu().numpy(), stages)
-    print(f"Pictures: {', '.join(names)}")
-
-
-def save(parts: "Parts", log: "Log", name: str) -> None:
-    """The weights as they are, with what is needed to use them; the number of workers, which changes nothing, left out."""
-    from training.weights import save_weights
-
-    save_weights(log.folder / name, parts.net, {
-        "class_names": parts.images.class_names, "mean": parts.mean, "standard_deviation": parts.deviation,
-        "images": log.record["dataset"]["sha256"],
-        "config": {key: value for key, value in log.record["config"].items() if key != "workers"}})
-
-
 if __name__ == "__main__":
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
-    status = main(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a closed pipe, a full disk: main() has said so
-            stream.flush()
-    os._exit(status)  # all is on disk and no worker is left; with torch, Python's own way out takes more than a second
+    run_or_exit(arguments, train)

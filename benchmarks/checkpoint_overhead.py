@@ -14,41 +14,59 @@ import sys
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from analysis.identity import describe_network  # noqa: E402 (after the path is set)
+from batches.making import make_batches, make_policies  # noqa: E402
+from config import Config  # noqa: E402
+from images.loading import load_images  # noqa: E402
+from model import Net  # noqa: E402
+from runs.log import Row  # noqa: E402
+from runs.record import make_record  # noqa: E402
+from runs.writer import start_run  # noqa: E402
+from training.capture import make_step  # noqa: E402
+from training.dilated import use_fast_dilated_convs  # noqa: E402
+from training.epoch import train_epoch  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results"
 
 
 def main(data_dir: str, rounds: int, steps: int) -> str:
     """Measure; returns the text of the result."""
-    from tqdm import tqdm
-
-    import main as program
-    from config import Config
-    from model import Net
-    from training.loop import train_epoch
-    from training.parts import build
-
+    images = load_images("cifar10", data_dir)
+    mean, std = images.statistics()
+    device, config = torch.device("cpu"), Config(dataset="cifar10", data_dir=data_dir, batches="device")
+    policies = make_policies(config, mean, std)
+    net = Net().to(memory_format=torch.channels_last)
+    use_fast_dilated_convs(net, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    step = make_step(net, optimizer, device, config)
+    record = make_record(config, describe_network(net), images, {"device": "cpu"}, 1, "")
+    a_step, a_checkpoint = [], []
     with tempfile.TemporaryDirectory(dir=".") as logs:  # on the disk that holds logs/, not on a file system in memory
-        parts = build(Config(dataset="cifar10", data_dir=data_dir, log_dir=logs, device="cpu"), Net)
-        log, checkpoints = program.open_records(parts, None)
-        a_step, a_checkpoint = [], []
-        with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
+        writer = start_run(replace(config, log_dir=logs), record, net, optimizer)
+        with closing(make_batches(config, images, policies, device)) as batches, tqdm(disable=True) as bar:
             stream = iter(batches.shuffled("train", 0))
-            for _ in range(rounds):
+            for epoch in range(rounds):
                 started = time.perf_counter()
-                train_epoch(parts.step, islice(stream, steps), bar)
+                result = train_epoch(step, islice(stream, steps), lambda _: config.lr, bar)
                 a_step.append((time.perf_counter() - started) / steps)
+                row: Row = {"epoch": epoch, "lr": config.lr, "train_loss": result.loss, "train_acc": result.accuracy,
+                       "test_loss": 0.0, "test_acc": 0.0, "seconds": 0.0}
                 started = time.perf_counter()
-                checkpoints.epoch_ended(parts.state(), log, last=True)
+                writer.save_epoch(row, last=True)
                 a_checkpoint.append(time.perf_counter() - started)
-    epoch = statistics.median(a_step) * -(-len(parts.images.train) // parts.config.batch_size)
+    epoch = statistics.median(a_step) * -(-len(images.train) // config.batch_size)
     checkpoint = statistics.median(a_checkpoint)
     return (f"Checkpoints, {platform.machine()} CPU, {os.cpu_count()} cores, medians of {rounds} rounds of {steps} steps and "
-            f"one checkpoint\n\nan epoch of {len(parts.images.train):,} images, its test left out: {epoch:.1f} s\n"
+            f"one checkpoint\n\nan epoch of {len(images.train):,} images, its test left out: {epoch:.1f} s\n"
             f"a checkpoint: {1000 * checkpoint:.1f} ms (most {1000 * max(a_checkpoint):.1f})\n"
             f"overhead: {100 * checkpoint / epoch:.3f} %\n")
 

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from inference.onnx_session import Run, in_batches, session, session_runner
+from inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "final.safetensors"
@@ -42,24 +42,21 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.peers import peers
+    from images.loading import load_images
     from inference.classifier import Classifier
-    from inference.export import CALIBRATION, as_int8, as_onnx, calibration, fold, quiet
-    from model import Net
-    from training import weights
-    from training.images import load
+    from inference.export import CALIBRATION_IMAGES, as_int8, as_onnx, calibration_images, fold, quiet
+    from runs.weights import read_weights
 
-    images = load("cifar10", data_dir)
+    images = load_images("cifar10", data_dir)
     np.save(folder / "images.npy", images.test.images[:max(CALLS)])
-    shown = calibration(images.train, CALIBRATION)
-    trained, published = weights.read(WEIGHTS), peers()
-    net = Net()
-    trained.load_into(net)
+    calibrating = calibration_images(images.train, CALIBRATION_IMAGES)
+    weights, published = read_weights(WEIGHTS), peers()
     torch.manual_seed(0)
     facts: dict[tuple[str, str], Facts] = {}
-    for name, each in {OURS: net, **{name: peer.net for name, peer in published.items()}}.items():
-        classifier = Classifier(each, trained.mean, trained.deviation)
+    for name, each in {OURS: weights.build_net(), **{name: peer.net for name, peer in published.items()}}.items():
+        classifier = Classifier(each, weights.mean, weights.std)
         if name != OURS:
-            gather_statistics(classifier, shown)
+            gather_statistics(classifier, calibrating)
         with FlopCounterMode(display=False) as counter:
             classifier(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
         about = {"parameters": sum(each.numel() for each in classifier.net.parameters()),
@@ -67,16 +64,16 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
         with quiet():
             folded = fold(classifier)
             models = {FLOAT32: as_onnx(folded, ["?"] * 10)}
-            models[INT8] = as_int8(models[FLOAT32], shown)
+            models[INT8] = as_int8(models[FLOAT32], calibrating)
         if name == OURS:
             torch.save(folded, folder / "ours.pt")
             kept = {"bytes": (folder / "ours.pt").stat().st_size,
-                    "accuracy": accuracy(runner(folder, name, EAGER, 0), images.test)}
+                    "accuracy": accuracy(load_function(folder, name, EAGER, 0), images.test)}
             facts |= {(name, runtime): about | kept for runtime in (EAGER, COMPILED)}
         for runtime, model in models.items():
             file_of(folder, name, runtime).write_bytes(model)
             facts[name, runtime] = about | {"bytes": len(model), "accuracy": None if name != OURS else accuracy(
-                session_runner(session(model)), images.test)}
+                session_logits(make_session(model)), images.test)}
         print(f"{name}: exported", flush=True)
     return facts
 
@@ -92,19 +89,19 @@ def gather_statistics(classifier: Any, images: np.ndarray) -> None:
     classifier.net.eval()
 
 
-def accuracy(run: Run, test: Any) -> float:
+def accuracy(logits: LogitsFunction, test: Any) -> float:
     """In percent."""
-    return 100 * float((in_batches(run, test.images).argmax(1) == test.labels).mean())
+    return 100 * float((compute_in_batches(logits, test.images).argmax(1) == test.labels).mean())
 
 
 def file_of(folder: Path, name: str, runtime: str) -> Path:
     return folder / f"{name} {runtime}.onnx".replace(" ", "_")
 
 
-def runner(folder: Path, name: str, runtime: str, threads: int) -> Run:
+def load_function(folder: Path, name: str, runtime: str, threads: int) -> LogitsFunction:
     """A function from uint8 images to logits; `threads` 0 changes nothing."""
     if runtime in (FLOAT32, INT8):
-        return session_runner(session(file_of(folder, name, runtime), threads))
+        return session_logits(make_session(file_of(folder, name, runtime), threads))
     import torch
 
     if threads:
@@ -125,7 +122,7 @@ def runner(folder: Path, name: str, runtime: str, threads: int) -> Run:
 def serve(folder: Path, name: str, runtime: str, threads: int) -> None:
     """A process of one network: measure a turn for each line on standard input, and print the seconds of its calls and the
     process's peak memory in MB as JSON."""
-    run, images = runner(folder, name, runtime, threads), np.load(folder / "images.npy")
+    run, images = load_function(folder, name, runtime, threads), np.load(folder / "images.npy")
     for _ in sys.stdin:
         seconds: dict[int, list[float]] = {}
         for batch, calls in CALLS.items():
@@ -206,7 +203,7 @@ def picture(facts: dict[tuple[str, str], Facts], path: Path) -> None:
     """Accuracy against the latency of one image on one thread."""
     from matplotlib.figure import Figure
 
-    from training.plots import BLUE, ORANGE
+    from runs.plots import BLUE, ORANGE
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
@@ -240,15 +237,15 @@ def main() -> None:
         serve(Path(folder), name, runtime, int(threads))
         return
     from benchmarks.inference_profile import processor, profile
-    from training.parts import cores
+    from training.machine import available_cores
 
     with tempfile.TemporaryDirectory() as scratch:
         facts = prepare(Path(scratch), arguments.data_dir)
-        alone, together = (measure(Path(scratch), list(facts), threads, arguments.rounds) for threads in (1, cores()))
+        alone, together = (measure(Path(scratch), list(facts), threads, arguments.rounds) for threads in (1, available_cores()))
         shares = profile(*(file_of(Path(scratch), OURS, runtime) for runtime in (FLOAT32, INT8)))
     for row, each in facts.items():
         each |= {"turns": [alone[row]["turns"], together[row]["turns"]], "memory": alone[row]["memory"]}
-    text = table(facts, cores(), processor())
+    text = table(facts, available_cores(), processor())
     print("\n" + text + "\n" + shares)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "inference.txt").write_text(text)

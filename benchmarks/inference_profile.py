@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from inference.onnx_session import session
-from model import Net, convolutions
-from training.loop import describe
+from analysis.receptive_field import convolutions
+from inference.onnx_session import make_session
+from model import Net
+from training.machine import describe_device
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 
@@ -39,7 +40,7 @@ def row(name: str, multiply_adds: float, before: float, after: float) -> str:
 
 def node_times(*models: Path) -> list[list[tuple[str, float]]]:
     """For each model its nodes' kinds and median microseconds, in the order they run; the models take turns."""
-    sessions = [session(model, 1, profile=str(model.with_suffix(""))) for model in models]
+    sessions = [make_session(model, 1, profile=str(model.with_suffix(""))) for model in models]
     image = np.load(models[0].with_name("images.npy"))[:1]
     for _ in range(100):
         for ready in sessions:
@@ -61,4 +62,4 @@ def processor() -> str:
     vnni = ""
     if Path("/proc/cpuinfo").exists():
         vnni = ", with VNNI" if "vnni" in Path("/proc/cpuinfo").read_text() else ", without VNNI"
-    return f"{describe(torch.device('cpu'))}{vnni}"
+    return f"{describe_device(torch.device('cpu'))}{vnni}"

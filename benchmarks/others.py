@@ -11,11 +11,12 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from batches.policy import test_policy, train_policy
 from config import Config
+from images.dataset import Images
+from images.loading import load_images
 from model import Net
-from training.augment import test_policy, train_policy
-from training.images import Images, load
-from training.loop import find_device
+from training.machine import find_device
 
 WARM_UP = 10  # steps before the clock starts, on a CPU; on a GPU a whole epoch
 # "train" and "test" in images per second; of a GPU "once", the seconds that only a first epoch takes, and "memory" in bytes
@@ -67,10 +68,10 @@ class OneByOne(Dataset):
 
 def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> Measured:
     """The script most people write."""
-    config, images, device = Config(), load("cifar10", arguments.data_dir), find_device(arguments.device)
-    mean_and_deviation = images.statistics()
+    config, images, device = Config(), load_images("cifar10", arguments.data_dir), find_device(arguments.device)
+    mean_and_std = images.statistics()
     loaders = [DataLoader(OneByOne(split, policy), config.batch_size, shuffle=True, num_workers=workers) for split, policy in (
-        (images.train, train_policy(config, *mean_and_deviation)), (images.test, test_policy(*mean_and_deviation)))]
+        (images.train, train_policy(config, *mean_and_std)), (images.test, test_policy(*mean_and_std)))]
     torch.set_num_threads(threads)
     net = Net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -102,7 +103,7 @@ def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> M
 
 def fast_public_style(arguments: argparse.Namespace) -> Measured:
     """The same network in a loop in the style of the fastest public CIFAR-10 code; CUDA only."""
-    config, images, device = Config(), load("cifar10", arguments.data_dir), find_device(arguments.device)
+    config, images, device = Config(), load_images("cifar10", arguments.data_dir), find_device(arguments.device)
     train_images, test_images = (_normalized(split.images, images, device) for split in (images.train, images.test))
     labels, test_labels = (torch.from_numpy(split.labels).to(device) for split in (images.train, images.test))
     plain = Net().to(device).to(memory_format=torch.channels_last)
@@ -137,9 +138,9 @@ def fast_public_style(arguments: argparse.Namespace) -> Measured:
 
 
 def _normalized(pixels, images: Images, device: torch.device) -> torch.Tensor:
-    mean, deviation = (torch.tensor(values, device=device)[:, None, None] for values in images.statistics())
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in images.statistics())
     scaled = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 255
-    return ((scaled - mean) / deviation).bfloat16().contiguous(memory_format=torch.channels_last)
+    return ((scaled - mean) / std).bfloat16().contiguous(memory_format=torch.channels_last)
 
 
 def _flipped_and_moved(images: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ benchmarks, the comparison of runs.
 Each table stands between two comments that name it. A test fails when one is not what this would write.
 """
 
+import ast
 import csv
 import re
 import statistics
@@ -15,11 +16,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.peers import peers  # noqa: E402 (after the path is set)
+from analysis.identity import describe_network  # noqa: E402 (after the path is set)
+from analysis.receptive_field import convolutions  # noqa: E402
+from benchmarks.peers import peers  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
-from model import Net, convolutions, facts  # noqa: E402
-from training.comparison import LEVEL  # noqa: E402
-from training.records import CONFIG, Run, read_run  # noqa: E402
+from experiments.statistics import LEVEL  # noqa: E402
+from model import Net  # noqa: E402
+from runs.record import CONFIG, Run, read_run  # noqa: E402
 
 # train and test accuracy of the published run of this network, by epoch
 PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
@@ -79,14 +82,14 @@ def compute(config: Config, teacher_width: int) -> float:
     epochs = config.epochs / Config().epochs
     if not config.teacher:
         return epochs
-    teacher, ours = (facts(Net(width=width))["multiply_adds"] for width in (teacher_width, 1))
-    return epochs + teacher / ours * (1 + epochs / 3)  # type: ignore[operator]
+    teacher, ours = (describe_network(Net(width=width))["multiply_adds"] for width in (teacher_width, 1))
+    return epochs + teacher / ours * (1 + epochs / 3)
 
 
 def recipe_table() -> str:
     """The final accuracies of the recipes, beside what is published: mean and standard deviation over seeds."""
-    ours = facts(Net())
-    network = f"{ours['parameters']:,} | {ours['multiply_adds'] / 1e6:.2f} M"  # type: ignore[operator]
+    ours = describe_network(Net())
+    network = f"{ours['parameters']:,} | {ours['multiply_adds'] / 1e6:.2f} M"
     lines = ["| network, recipe | parameters | multiply-adds | epochs | compute | train % | test % | seeds |",
              "|---|---:|---:|---:|---:|---:|---:|---:|",
              f"| ours, the published run | {network} | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
@@ -100,10 +103,25 @@ def recipe_table() -> str:
         cost = compute(config, TEACHER_WIDTH.get(recipe, 0))
         lines.append(f"| ours, {name} | {network} | {config.epochs} | {cost:.2g} | {figures} | {len(runs)} |")
     for name, peer in peers().items():
-        about = facts(peer.net)
-        lines.append(f"| {name} | {about['parameters']:,} | {about['multiply_adds'] / 1e6:.2f} M | | | | "  # type: ignore[operator]
+        about = describe_network(peer.net)
+        lines.append(f"| {name} | {about['parameters']:,} | {about['multiply_adds'] / 1e6:.2f} M | | | | "
                      f"{'> ' if peer.required else ''}{peer.accuracy:.2f} | |")
     return "\n".join(lines)
+
+
+def first_sentence(path: Path) -> str:
+    """The first sentence of a file's docstring."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"\.\s|\.$|\n\n", docstring, maxsplit=1)[0].replace("\n", " ")
+
+
+def structure() -> str:
+    """Every file of the program with the first sentence of its docstring, room by room."""
+    lines = [f"{name:22} {first_sentence(ROOT / name)}" for name in ("config.py", "main.py", "model.py")]
+    for room in sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "benchmarks"):
+        lines.append(f"{room.name}/")
+        lines += [f"  {path.name:20} {first_sentence(path)}" for path in sorted(room.glob("[!_]*.py"))]
+    return "```\n" + "\n".join(lines) + "\n```"
 
 
 def result(name: str) -> str:
@@ -139,7 +157,7 @@ def changes_table(name: str) -> str:
     found = [row for row in rows if row["compared_with"] == base["run"]]
     for row in sorted(found, key=lambda row: -float(row["difference"])):
         parts = [part for part in row["differs"].split(", ") if part not in common and not part.startswith("model.py")]
-        verdict = "more than noise" if float(row["corrected_p"]) <= LEVEL else "noise"
+        verdict = "significant" if float(row["corrected_p"]) <= LEVEL else "not significant"
         lines.append(f"| {', '.join(parts)} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} | "
                      f"{float(row['difference']):+.2f} ± {float(row['standard_error']):.2f} | {verdict} |")
     return "\n".join(lines)
@@ -147,7 +165,7 @@ def changes_table(name: str) -> str:
 
 def updated(text: str) -> str:
     """The `text` of README.md or LEARNINGS.md with every table made anew."""
-    tables = {"rows": first_rows(), "log": log_table(), "recipes": recipe_table(), "stages": stage_table(),
+    tables = {"structure": structure(), "rows": first_rows(), "log": log_table(), "recipes": recipe_table(), "stages": stage_table(),
               "training speed": result("training_speed"),
               "dilated": result("dilated"),
               "training profile": result("training_profile"), "same training": result("same_training"),
@@ -162,5 +180,5 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for document in (ROOT / "README.md", ROOT / "LEARNINGS.md"):
+    for document in (ROOT / "README.md", ROOT / "LEARNINGS.md", *sorted((ROOT / "docs").glob("*.md"))):
         document.write_text(updated(document.read_text(encoding="utf-8")), encoding="utf-8")

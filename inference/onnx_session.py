@@ -1,4 +1,4 @@
-"""ONNX models run by ONNX Runtime on the CPU. Needs no torch."""
+"""Run ONNX models with ONNX Runtime on the CPU. Needs no torch."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +6,18 @@ from typing import Any
 
 import numpy as np
 
-AT_ONCE = 500  # images
-Run = Callable[[np.ndarray], np.ndarray]  # uint8 N x 32 x 32 x 3 -> float32 logits N x classes
+BATCH_SIZE = 500
+LogitsFunction = Callable[[np.ndarray], np.ndarray]  # uint8 images N x 32 x 32 x 3 to float32 logits N x classes
 
 
-def session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
-    """An onnxruntime.InferenceSession; `threads` 0 is as many as there are cores. With `profile`, the beginning of the name of
-    a file for the figures, it measures each node."""
+def make_session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
+    """Make an onnxruntime.InferenceSession.
+
+    Args:
+        model: an ONNX model, or the path of one.
+        threads: 0 uses one for each core.
+        profile: where not empty, measure each node, and write the times to a file whose path begins so.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -22,10 +27,11 @@ def session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def session_runner(ready: Any) -> Run:
-    return lambda images: ready.run(["logits"], {"image": images})[0]
+def session_logits(session: Any) -> LogitsFunction:
+    """Return the function that a session computes."""
+    return lambda images: session.run(["logits"], {"image": images})[0]
 
 
-def in_batches(run: Run, images: np.ndarray) -> np.ndarray:
-    """The logits of many images, as `run` gives them."""
-    return np.concatenate([run(images[start:start + AT_ONCE]) for start in range(0, len(images), AT_ONCE)])
+def compute_in_batches(logits: LogitsFunction, images: np.ndarray) -> np.ndarray:
+    """Compute the logits of many images, BATCH_SIZE at a time."""
+    return np.concatenate([logits(images[start:start + BATCH_SIZE]) for start in range(0, len(images), BATCH_SIZE)])

@@ -1,4 +1,4 @@
-"""What the tests share: a small folder of images, and the program run inside this process or in one of its own."""
+"""What the tests share: a small folder of images, and the program run in this process or in one of its own."""
 
 import os
 import subprocess
@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from training.images import synthetic
+from images.synthetic import synthetic
+from runs.finding import find_runs
 
 ROOT = Path(__file__).parents[1]
+REFERENCE = ROOT / "logs" / "reference"
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
 SMALL = ["--workers", "0", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures"]
 
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def write_folder(root: Path, train: int = 16, test: int = 8, classes: int = 3) -> Path:
-    """root/train/<class>/*.png and root/test/<class>/*.png: that many drawn images of each class."""
+    """Write root/train/<class>/*.png and root/test/<class>/*.png: that many drawn images of each class."""
     images = synthetic()
     for split, part, count in (("train", images.train, train), ("test", images.test, test)):
         for label, name in enumerate(images.class_names[:classes]):
@@ -54,50 +54,59 @@ def cifar10() -> Path:
 
 
 @pytest.fixture
-def run(pictures, tmp_path, capsys, monkeypatch):
-    """Run main.py in this process on the small folder: run("--epochs", "2") -> (status, stdout, stderr); logs in
-    tmp_path/logs."""
+def command(capsys, monkeypatch):
+    """Run a command line in this process: command("compare", "--log-dir", ...) -> (status, stdout, stderr)."""
     import main
+    from commands import start
 
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
 
-    def run(*arguments: str):
-        base = ["--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path / "logs"), *SMALL]
-        if "--resume" in arguments:
-            base = ["--log-dir", str(tmp_path / "logs")]
+    def command(*arguments: object):
         capsys.readouterr()
-        status = main.main([*base, *arguments])
+        status = start.run_line([str(argument) for argument in arguments], main.train)
         return status, *capsys.readouterr()
 
-    yield run
+    yield command
     torch.set_num_threads(threads)
 
 
-def start(*arguments: str, interval: float | None = None, before: str = "") -> subprocess.Popen:
-    """main.py in a process of its own, with pipes; `interval` replaces the seconds between checkpoints, `before` is
+@pytest.fixture
+def run(command, pictures, tmp_path):
+    """Train on the small folder in this process: run("--epochs", "2") -> (status, stdout, stderr); logs in tmp_path/logs."""
+    def run(*arguments: object):
+        base = ["--dataset", "folder", "--data-dir", pictures, "--log-dir", tmp_path / "logs", *SMALL]
+        if "--resume" in arguments:
+            base = ["--log-dir", tmp_path / "logs"]
+        return command(*base, *arguments)
+
+    return run
+
+
+def start_program(*arguments: str, interval: float | None = None, before: str = "") -> subprocess.Popen:
+    """Start main.py in a process of its own, with pipes. `interval` replaces the seconds between checkpoints, `before` is
     Python to run first."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; from training import checkpoint\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; from commands.start import run_line\n"
     if interval is not None:
-        code += f"checkpoint.INTERVAL = {interval}\n"
-    code += f"{before}\nif __name__ == '__main__': sys.exit(main.main(sys.argv[1:]))"
+        code += f"from runs import writer; writer.INTERVAL = {interval}\n"
+    code += f"{before}\nif __name__ == '__main__': sys.exit(run_line(sys.argv[1:], main.train))"
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | NO_NETWORK, start_new_session=True)
 
 
 def at_epoch(monkeypatch, number: int, action) -> None:
     """Call `action` before the epoch of training that is the `number`th from now, the next being 0."""
-    from training import loop
+    import main
 
-    train_epoch, calls = loop.train_epoch, iter(range(100))
+    train_epoch, calls = main.train_epoch, iter(range(100))
 
     def acting(*arguments):
         if next(calls) == number:
             action()
         return train_epoch(*arguments)
 
-    monkeypatch.setattr(loop, "train_epoch", acting)
+    monkeypatch.setattr(main, "train_epoch", acting)
 
 
 def raising(error: BaseException):
@@ -113,3 +122,38 @@ def one_line(stderr: str) -> str:
     assert stderr.count("\n") == 1, stderr
     assert "Traceback" not in stderr
     return stderr
+
+
+def only_run(tmp_path: Path) -> Path:
+    """The folder of the one run in tmp_path/logs."""
+    (folder,) = find_runs(tmp_path / "logs")
+    return folder
+
+
+def figures(folder: Path) -> str:
+    """The log's table of a run without its seconds."""
+    lines = (folder / "model_accuracy.log").read_text().splitlines()
+    return "\n".join(line.rsplit(maxsplit=1)[0] for line in lines if not line.startswith("#"))
+
+
+def weights_of(folder: Path) -> bytes:
+    """The final weights of a run with their metadata, byte for byte."""
+    return (folder / "final.safetensors").read_bytes()
+
+
+def example_record(**changes) -> dict:
+    """A config.json of a run of ten classes of drawn images with these settings."""
+    from analysis.identity import describe_network
+
+    from config import Config
+    from model import Net
+    from runs.record import make_record
+
+    images = synthetic().hold_out(changes.get("validation", 0))
+    return make_record(Config(**changes), describe_network(Net()), images, {"device": "cpu", "instruction_set": "AVX2"}, 1, "")
+
+
+def example_row(epoch: int) -> dict[str, float]:
+    """An epoch's row of the log."""
+    return {"epoch": epoch, "lr": 0.01 / (epoch + 1), "train_loss": 1.5, "train_acc": 45.678, "test_loss": 1.25,
+            "test_acc": 1.0, "seconds": 9.876}

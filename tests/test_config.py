@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from config import RECIPES, Config, UserError
+from config import RECIPES, Config, UserError, flag
 
 
 def test_the_defaults_are_the_baseline():
@@ -21,7 +21,7 @@ def test_a_value_out_of_range_is_named_with_its_range(field, value):
     with pytest.raises(UserError) as error:
         Config(**{field: value})
     message = str(error.value)
-    assert message.startswith(f"{field} is {value}")
+    assert message.startswith(f"{flag(field)} is {value}")
     metadata = next(f.metadata for f in dataclasses.fields(Config) if f.name == field)
     assert f"{metadata['low']} to {metadata['high']}" in message
 
@@ -30,8 +30,8 @@ def test_a_value_out_of_range_is_named_with_its_range(field, value):
     ({"epochs": 2.5}, "type int"), ({"epochs": True}, "type int"), ({"nesterov": 1}, "type bool"),
     ({"lr": "0.1"}, "type float"),
     ({"dataset": "imagenet"}, "auto, cifar10, folder, synthetic"), ({"device": "gpu"}, "cuda:N"),
-    ({"name": "a/b"}, "letters A to Z, digits"), ({"lr": 1e-7, "min_lr": 1e-6}, "lower min_lr"),
-    ({"nesterov": True, "momentum": 0.0}, "momentum above 0")])
+    ({"name": "a/b"}, "letters A to Z, digits"), ({"lr": 1e-7, "min_lr": 1e-6}, "lower --min-lr"),
+    ({"nesterov": True, "momentum": 0.0}, "momentum must be above 0")])
 def test_what_no_range_can_tell_is_refused(changes, words):
     with pytest.raises(UserError, match=words):
         Config(**changes)

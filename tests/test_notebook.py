@@ -12,7 +12,7 @@ nbformat = pytest.importorskip("nbformat", reason="requirements-test.txt is not 
 def test_the_notebook_runs_and_shows_the_pictures(tmp_path, monkeypatch):
     for name in ("config.py", "main.py", "model.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("training", "inference", "logs/reference"):
+    for name in (*(path.parent.name for path in ROOT.glob("*/__init__.py")), "logs/reference"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)

@@ -8,35 +8,25 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import ROOT, one_line, start
+from conftest import ROOT, at_epoch, figures, one_line, only_run, raising, start_program, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main
 from config import Config
+from images.dataset import Images, Split
+from images.folder import image_folder
+from images.loading import load_images
+from images.synthetic import synthetic
 from model import Net
-from training import commands
-from training.records import find_runs, read_log, read_run
+from runs.finding import find_runs
+from runs.log import read_log
+from runs.record import read_run
+from training.metrics import Result
 
 # the learning rates that the design fixes, by epoch
 RATES = {0: "0.010000", 10: "0.009619", 20: "0.008536", 30: "0.006914", 40: "0.005001", 50: "0.003087", 60: "0.001465",
          70: "0.000382", 79: "0.000005"}
-
-
-def only_run(tmp_path):
-    (folder,) = find_runs(tmp_path / "logs")
-    return folder
-
-
-def figures(folder) -> str:
-    """The log's table without its seconds."""
-    lines = (folder / "model_accuracy.log").read_text().splitlines()
-    return "\n".join(line.rsplit(maxsplit=1)[0] for line in lines if not line.startswith("#"))
-
-
-def weights_of(folder) -> bytes:
-    """The weights of a run with their metadata, byte for byte."""
-    return (folder / "final.safetensors").read_bytes()
 
 
 def test_a_run_leaves_the_files_of_the_design(run, tmp_path):
@@ -46,7 +36,7 @@ def test_a_run_leaves_the_files_of_the_design(run, tmp_path):
     assert folder.name.endswith("-first")
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "config.json", "model_accuracy.log", "torch_summary.log", "checkpoint.pt", "checkpoint.previous.pt",
-        "final.safetensors", "summary.json"}
+        "final.safetensors", "summary.json", "model.py"}
     found = read_run(folder)
     assert found.record["config"]["epochs"] == 2
     assert found.record["network"]["receptive_field"] == 79
@@ -73,8 +63,7 @@ def test_the_final_weights_load_in_three_lines_and_give_the_logged_accuracy(run,
         about = {key: json.loads(value) for key, value in file.metadata().items()}
     assert about["class_names"] == ["disc", "ring", "square"]
     assert about["config"]["lr"] == 0.05
-    from training.images import folder as load_folder
-    test = load_folder(pictures).test
+    test = image_folder(pictures).test
     images = (torch.from_numpy(test.images) / 255 - torch.tensor(about["mean"])) / torch.tensor(about["standard_deviation"])
     right = (net(images.permute(0, 3, 1, 2).float()).argmax(1) == torch.from_numpy(test.labels)).float().mean()
     assert f"{100 * right:.2f}" == f"{read_run(folder).rows[-1]['test_acc']:.2f}"
@@ -94,20 +83,19 @@ def test_one_config_gives_the_same_bytes_and_figures_whatever_the_workers(run, t
 
 def test_the_learning_rates_of_the_baseline(run, tmp_path, monkeypatch):
     """All 80 epochs through the program, each cut short: the rates are the scheduler's, not the test's."""
-    from training import loop
-    from training.loop import Result
+    rates = []
 
-    def epoch(step, *_):
-        step.optimizer.step()
+    def epoch(step, batches, learning_rate, bar):
+        rates.append(learning_rate(47))  # of the epoch's last step, too
         return Result(1.0, 10.0)
 
-    monkeypatch.setattr(loop, "train_epoch", epoch)
-    monkeypatch.setattr(loop, "test", lambda *_: Result(1.0, 10.0))
+    monkeypatch.setattr(main, "train_epoch", epoch)
+    monkeypatch.setattr(main, "evaluate", lambda *_: Result(1.0, 10.0))
     assert run()[0] == 0
     lines = (only_run(tmp_path) / "model_accuracy.log").read_text().splitlines()
     logged = {int(line.split()[0]): line.split()[1] for line in lines if line[0] != "#" and "epoch" not in line}
     assert len(logged) == 80
-    assert {epoch: logged[epoch] for epoch in RATES} == RATES
+    assert {epoch: logged[epoch] for epoch in RATES} == {epoch: f"{rates[epoch]:.6f}" for epoch in RATES} == RATES
 
 
 def test_with_validation_the_test_images_wait_for_the_end(run, tmp_path):
@@ -121,13 +109,12 @@ def test_with_validation_the_test_images_wait_for_the_end(run, tmp_path):
 
 
 def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, monkeypatch):
-    from training import images
-
-    real = images.synthetic()
-    monkeypatch.setattr(images, "synthetic", lambda: images.Images(
-        "synthetic", real.class_names, images.Split(real.train.images[:64], real.train.labels[:64]),
-        images.Split(real.test.images[:32], real.test.labels[:32]), real.validation))
-    status, out, err = run("--dataset", "auto", "--data-dir", str(tmp_path / "none"))
+    real = synthetic()
+    monkeypatch.setattr("images.loading.synthetic", lambda: Images(
+        "synthetic", real.class_names, Split(real.train.images[:64], real.train.labels[:64]),
+        Split(real.test.images[:32], real.test.labels[:32]), real.validation))
+    monkeypatch.chdir(tmp_path)  # where there is no folder "data"
+    status, out, err = run("--dataset", "auto", "--data-dir", Config.data_dir)
     assert status == 0
     assert "DEMONSTRATION" in out
     assert "could not be downloaded" in err
@@ -138,14 +125,17 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, mo
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--lr", "-0.1"], "lr is -0.1"), (["--lr", "nan"], "lr is nan"), (["--momentum", "1.5"], "momentum is 1.5"),
-    (["--batch-size", "0"], "batch_size is 0"), (["--epochs", "0"], "epochs is 0"), (["--epochs", "many"], "invalid int value"),
-    (["--learning-rate", "1"], "unrecognized arguments"), (["--epoch", "1"], "unrecognized arguments"),
-    (["--recipe", "secret"], "invalid choice: 'secret'"), (["--dataset", "mnist"], "dataset is 'mnist'"),
-    (["--device", "gpu"], "device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
-    (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unrecognized arguments: fly"),
+    (["--lr", "-0.1"], "--lr is -0.1"), (["--lr", "nan"], "--lr is nan"), (["--momentum", "1.5"], "--momentum is 1.5"),
+    (["--batch-size", "0"], "--batch-size is 0"), (["--epochs", "0"], "--epochs is 0"),
+    (["--epochs", "many"], "invalid int value"), (["--learning-rate", "1"], "unknown argument --learning-rate"),
+    (["--epoch", "1"], "unknown argument --epoch: did you mean --epochs?"),
+    (["--recipe", "fsat"], "there is no recipe 'fsat': did you mean fast?"),
+    (["--dataset", "foldr"], "--dataset is 'foldr', but must be one of auto, cifar10, folder, synthetic: did you mean folder?"),
+    (["--device", "gpu"], "--device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
+    (["--data-dir", "/nowhere"], "there is no folder"), (["fly"], "unknown argument fly"),
     (["--dataset", "cifar10", "--data-dir", "/nowhere"], "could not be downloaded"),
-    (["--validation", "100"], "validation is 100"), (["--data-dir", "x" * 300], "x" * 300),
+    (["--dataset", "auto", "--data-dir", "/nowhere"], "/nowhere"), (["--name", "x.safetensors"], "--name is 'x.safetensors'"),
+    (["--validation", "100"], "--validation 100 takes 34 images of each class"), (["--data-dir", "x" * 300], "x" * 300),
     (["--resume"], "there is no unfinished run"), (["--resume", "nothing"], "there is no run 'nothing'")])
 def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arguments, words):
     status, out, err = run(*arguments)
@@ -171,12 +161,10 @@ def test_a_log_folder_that_is_a_file(run, tmp_path):
 
 
 def test_an_error_of_the_machine_is_one_line(run, monkeypatch):
-    from training import parts
-
     def failing(*_):
         raise OSError(5, "Input/output error", "disk")
 
-    monkeypatch.setattr(parts, "load", failing)
+    monkeypatch.setattr(main, "load_images", failing)
     status, _, err = run()
     assert status == 2
     assert "Input/output error: 'disk'" in one_line(err)
@@ -192,9 +180,7 @@ def test_an_output_that_cannot_be_written_is_one_line(pictures, tmp_path):
 
 
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
-    from training import loop
-
-    monkeypatch.setattr(loop, "train_epoch", lambda *_: 1 / 0)
+    monkeypatch.setattr(main, "train_epoch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("--epochs", "1")
 
@@ -208,32 +194,13 @@ def test_a_diverging_loss_stops_the_run(run, tmp_path):
     assert not (only_run(tmp_path) / "summary.json").exists()
 
 
-def test_help_tells_every_setting_with_its_default_and_needs_no_torch():
-    out = subprocess.run([sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True, check=True).stdout
-    for name, field in Config.__dataclass_fields__.items():
-        assert "--" + name.replace("_", "-") in out
-        assert f"(default: {field.default!r})" in " ".join(out.split())
-    check = ("import sys, main\ntry:\n  main.main(['--help'])\nexcept SystemExit:\n  pass\n"
-             "assert 'torch' not in sys.modules")
-    loaded = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True)
-    assert loaded.returncode == 0
-
-
-def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
-    monkeypatch.setitem(commands.RECIPES, "quick", {"epochs": 20, "lr": 0.1})
-    given, _ = commands.parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"])
-    assert given == {"epochs": 20, "lr": 0.2, "nesterov": True}
-
-
 def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monkeypatch):
     """The training figures were still finite; the test shows it."""
-    from training import loop
-
     def last_step(step, *_):
         next(step.net.parameters()).data.fill_(torch.nan)
-        return loop.Result(1.0, 50.0)
+        return Result(1.0, 50.0)
 
-    monkeypatch.setattr(loop, "train_epoch", last_step)
+    monkeypatch.setattr(main, "train_epoch", last_step)
     status, _, err = run("--epochs", "1")
     assert status == 2
     assert "the loss became nan" in one_line(err)
@@ -242,7 +209,7 @@ def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monk
 
 
 def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
-    process = start("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
+    process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
                     "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures",
                     before="import urllib.request\nurllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')")
     out, err = process.communicate(timeout=120)
@@ -253,17 +220,62 @@ def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
     assert "phoned home" not in out
 
 
-def test_the_real_cifar10_trains(cifar10, tmp_path):
+def test_the_real_cifar10_trains(cifar10, command, tmp_path, monkeypatch):
     """Two thousand real images for two epochs: the whole path, with the official batches."""
-    from training import images, parts
-
-    whole = images.load("cifar10", str(cifar10))
-    part = images.Images("cifar10", whole.class_names, images.Split(whole.train.images[:2000], whole.train.labels[:2000]),
-                         images.Split(whole.test.images[:500], whole.test.labels[:500]), whole.validation)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "load", lambda *_: part)
-        status = main.main(["--dataset", "cifar10", "--epochs", "2", "--batch-size", "32", "--workers", "0",
-                            "--device", "cpu", "--log-dir", str(tmp_path / "logs")])
-    assert status == 0
+    whole = load_images("cifar10", str(cifar10))
+    part = Images("cifar10", whole.class_names, Split(whole.train.images[:2000], whole.train.labels[:2000]),
+                  Split(whole.test.images[:500], whole.test.labels[:500]), whole.validation)
+    monkeypatch.setattr(main, "load_images", lambda *_: part)
+    assert command("--dataset", "cifar10", "--epochs", "2", "--batch-size", "32", "--workers", "0", "--device", "cpu",
+                   "--log-dir", tmp_path / "logs")[0] == 0
     rows = read_run(only_run(tmp_path)).rows
     assert rows[-1]["train_acc"] > 20  # chance is 10
+
+
+def test_the_optimizer_has_the_settings(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(main, "train_epoch", lambda step, *_: (seen.append(step.optimizer), Result(1.0, 10.0))[1])
+    assert run("--epochs", "1", "--momentum", "0.7", "--nesterov", "--weight-decay", "0.123")[0] == 0
+    (group,) = seen[0].param_groups
+    assert type(seen[0]) is torch.optim.SGD
+    assert (group["momentum"], group["nesterov"], group["weight_decay"], group["dampening"]) == (0.7, True, 0.123, 0)
+
+
+def test_the_test_images_are_not_augmented(run, monkeypatch):
+    """Also where the training policy would change every image."""
+    seen = []
+
+    def evaluated(net, batches, device):
+        seen.append(torch.cat([images for images, _ in batches]))
+        return Result(1.0, 10.0)
+
+    monkeypatch.setattr(main, "evaluate", evaluated)
+    for batches in ("device", "workers"):
+        for flip_p in ("1", "0"):
+            run("--epochs", "1", "--batches", batches, "--flip-p", flip_p, "--affine-p", "0", "--coarse-dropout-p", "0")
+    assert len(seen) == 4
+    assert all(torch.equal(images, seen[0]) for images in seen[1:])
+
+
+@pytest.mark.parametrize("change", ["optimizer", "per step"])
+def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, tmp_path, monkeypatch, change):
+    """What a user would edit in main.py, or in training/schedule.py; the resumed run is the one never interrupted."""
+    if change == "optimizer":
+        def adamw(parameters, lr, momentum, nesterov, weight_decay, fused):
+            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+
+        monkeypatch.setattr(torch.optim, "SGD", adamw)
+    else:
+        def one_cycle(config, epoch: float) -> float:
+            done = epoch / config.epochs
+            return config.lr * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
+
+        monkeypatch.setattr(main, "learning_rate", one_cycle)
+    assert run("--epochs", "3", "--log-dir", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        at_epoch(patch, 1, raising(KeyboardInterrupt()))
+        assert run("--epochs", "3")[0] == 130
+    assert run("--resume")[0] == 0
+    (whole,) = find_runs(tmp_path / "whole")
+    assert weights_of(only_run(tmp_path)) == weights_of(whole)
+    assert figures(only_run(tmp_path)) == figures(whole)

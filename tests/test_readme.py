@@ -6,25 +6,26 @@ import subprocess
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import REFERENCE, ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_program import RATES
 
-import main
+from analysis.identity import describe_network
 from benchmarks import readme
 from config import RECIPES, Config
-from model import Net, facts
-from training.differences import settings
-from training.records import read_log, read_run
-from training.weights import read
-
-REFERENCE = ROOT / "logs" / "reference"
+from experiments.differences import settings
+from images.cifar10 import cifar10 as load_cifar10
+from model import Net
+from runs.log import read_log
+from runs.record import read_run
+from runs.weights import read_weights
 
 
 @pytest.mark.parametrize(("document", "tables"), [
     ("README.md", ["rows", "log", "recipes", "stages", "training speed", "training profile", "dilated", "same training",
                    "checkpoint overhead", "inference", "inference profile"]),
+    ("docs/structure.md", ["structure"]),
     ("LEARNINGS.md", ["single changes", "recipe changes", "recipe at length", "fast changes", "strong changes"])])
 def test_the_tables_are_what_the_logs_and_the_network_say(document, tables):
     text = (ROOT / document).read_text(encoding="utf-8")
@@ -42,7 +43,7 @@ def test_the_reference_run_is_the_whole_baseline():
     run = read_run(REFERENCE)
     assert run.record["dataset"]["kind"] == "cifar10"
     assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
-    assert run.record["network"] == facts(Net())  # model.py too: else every run would seem to have another network
+    assert run.record["network"] == describe_network(Net())  # else every run would seem to have another network
     assert len(run.rows) == run.summary["epochs"] == 80
     assert {epoch: f"{run.rows[epoch]['lr']:.6f}" for epoch in RATES} == RATES
 
@@ -74,14 +75,14 @@ def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
         assert {name: had[name] for name in wanted} == wanted
         assert run.record["dataset"]["sha256"] == read_run(REFERENCE).record["dataset"]["sha256"]
         assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
-        assert run.record["network"] | {"model_sha256": ""} == facts(Net()) | {"model_sha256": ""}
+        assert run.record["network"] == describe_network(Net())
         assert len(run.rows) == run.summary["epochs"] == run.record["config"]["epochs"]
     assert len({run.record["config"]["seed"] for run in runs}) == len(runs)
 
 
 def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committed_strong():
     (teacher,) = {run.record["config"]["teacher"] for run in readme.recipe_runs("fast-taught")}
-    assert teacher == read(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
+    assert teacher == read_weights(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
     for run in readme.recipe_runs("fast-taught"):
         assert settings(run.record["config"]) == settings(vars(Config(**RECIPES["fast"], teacher=teacher)))
         assert len(run.rows) == run.summary["epochs"] == 20
@@ -103,14 +104,12 @@ def test_the_readmes_three_lines_load_the_weights():
 
 
 def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar10):
-    from training.images import cifar10 as load
-
     with safe_open(REFERENCE / "final.safetensors", "pt") as file:
         about = {key: json.loads(value) for key, value in file.metadata().items()}
     net = Net()
     net.load_state_dict(load_file(REFERENCE / "final.safetensors"))
     net.eval()
-    test = load(cifar10).test
+    test = load_cifar10(cifar10).test
     right = 0
     for images, labels in zip(torch.from_numpy(test.images).split(500), torch.from_numpy(test.labels).split(500), strict=True):
         pixels = (images / 255 - torch.tensor(about["mean"])) / torch.tensor(about["standard_deviation"])
@@ -120,9 +119,9 @@ def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar
 
 
 @pytest.mark.parametrize("weights", sorted(REFERENCE.rglob("*.safetensors")), ids=lambda path: path.parent.name)
-def test_the_program_can_still_test_every_committed_network(weights, cifar10, capsys):
-    assert main.main(["test", str(weights.parent), "--flip", "--data-dir", str(cifar10), "--device", "cpu"]) == 0
-    out = capsys.readouterr().out
+def test_the_program_can_still_test_every_committed_network(weights, cifar10, command):
+    status, out, _ = command("test", weights.parent, "--flip", "--data-dir", cifar10, "--device", "cpu")
+    assert status == 0
     accuracy = float(re.search(r"accuracy ([\d.]+) %", out)[1])
     assert accuracy == pytest.approx(read_run(weights.parent).rows[-1]["test_acc"], abs=0.02)
     mirrored = float(re.search(r"mirrored: accuracy ([\d.]+) %", out)[1])
@@ -130,7 +129,10 @@ def test_the_program_can_still_test_every_committed_network(weights, cifar10, ca
     assert mirrored in [pytest.approx(float(figure), abs=0.02) for figure in re.findall(r"([\d.]+) %", told)]
 
 
-def test_the_readme_names_every_folder_and_file_there_is():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in (*ROOT.glob("*.py"), *(ROOT / "training").glob("[!_]*.py"), *(ROOT / "inference").glob("[!_]*.py")):
-        assert f"{path.name} " in text
+def test_every_folder_and_file_is_named():
+    readme_text, structure = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/structure.md"))
+    rooms = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
+    for path in (*ROOT.glob("*.py"), *rooms):
+        assert f"{path.name}{'' if path.suffix else '/'} " in readme_text, path
+    for path in (path for room in rooms if room.name != "benchmarks" for path in room.glob("[!_]*.py")):
+        assert f"{path.name} " in structure, path

@@ -1,121 +1,174 @@
 """A training step recorded once as a CUDA graph, then replayed: one launch instead of some hundred."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
-from training.loop import Step, TrainStep
-from training.teacher import Teacher
+from training.distillation import Distillation
+from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
+from training.step import Step, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
+# Before this release a capture that failed left the allocator believing that it went on (pytorch #180395)
+FAILURES_END_CLEANLY = (2, 13)
 Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
 
 
 def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
-              teacher: Teacher | None = None) -> Step:
-    """A step of training, captured if the config wants it and the device can; a line says so if it can't."""
-    step = TrainStep(net, optimizer, device, config.label_smoothing, teacher)
-    if config.capture and device.type == "cuda" and config.batches == "device":
+              distillation: Distillation | None = None) -> Step:
+    """A training step, captured where `config.capture` wants it and the device can. Prints why not where it was asked for."""
+    step = TrainStep(net, optimizer, device, config.label_smoothing, distillation)
+    if config.capture == "off":
+        return step
+    reason = ""
+    if device.type != "cuda" or config.batches != "device":
+        reason = "that needs CUDA, and batches made on the device"
+    elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
+        reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
+    if not reason:
         return CapturedStep(step)
-    if config.capture:
-        print("Steps are not captured: that needs CUDA, and batches made on the device.")
+    if config.capture == "on":
+        print(f"Steps are not captured: {reason}.")
+    if device.type == "cuda":
+        step.note = f"not captured: {reason}"
     return step
 
 
+def torch_version() -> tuple[int, int]:
+    """PyTorch's major and minor version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 class CapturedStep:
-    """Called as the TrainStep it is made of. A batch of another shape than before, an epoch's short last one, is recorded on
-    its own. Where recording fails, one line says so and the plain step runs from then on."""
+    """Trains as the TrainStep that it is made of. A batch of a new shape, such as an epoch's short last one, is recorded on its
+    own. A recording must agree with an eager step. Where one fails, or doesn't agree, one line says so and all steps run
+    eager from then on. `note` says which it was, and how near captured steps are to eager ones."""
 
     def __init__(self, step: TrainStep) -> None:
-        self.step, self.net, self.figures, self.device = step, step.net, step.figures, step.device
+        self.step, self.net, self.optimizer = step, step.net, step.optimizer
+        self.metrics, self.device = step.metrics, step.device
+        self.note = ""
+        self.first_done: float | None = None
         self.recorded: dict[torch.Size, Recorded] = {}
         self.record = _graph if step.device.type == "cuda" else _eager_twin
         # What a recording reads in place of the floats in the optimizer, a rate for each group of parameters
-        self.rates = [torch.zeros((), device=step.device) for _ in step.optimizer.param_groups]
+        self.rates = [torch.zeros((), device=step.device) for _ in self.optimizer.param_groups]
         self.rates_now: list[float] = []
         self.possible = True
+        self.difference = 0.0  # the largest that a self-check has found
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
         if self.possible and images.shape not in self.recorded:
-            self._record(images, labels)
+            self._prepare(images, labels)
         if not self.possible:
             return self.step(images, labels)
-        self._set_rates()
+        self._set_rates([group["lr"] for group in self.optimizer.param_groups])
         images_place, labels_place, replay = self.recorded[images.shape]
         images_place.copy_(images)
         labels_place.copy_(labels)
         replay()
 
-    def _record(self, images: Tensor, labels: Tensor) -> None:
-        """Warm up, put everything back as it was, record."""
+    def _prepare(self, images: Tensor, labels: Tensor) -> None:
+        """Warm up, record, check the recording, then put everything back as it was."""
         inputs = (images.clone(), labels.clone())
-        before = {id(tensor): tensor.clone() for tensor in self._changing()}
-        self._set_rates()
+        before = snapshot(step_state(self.step))
         try:
-            try:
-                with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-                    _warm_up(lambda: self._step(*inputs), self.device)
-            finally:
-                with torch.no_grad():
-                    for tensor in self._changing():  # a momentum that was not there before is as good as zero
-                        tensor.copy_(before[id(tensor)]) if id(tensor) in before else tensor.zero_()
-            self.step.optimizer.zero_grad()
-            self.recorded[images.shape] = (*inputs, self.record(lambda: self._step(*inputs)))
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+                _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
+                reason = self._record(*inputs) or self._check(*inputs)
+        finally:
+            with torch.no_grad():
+                put_back(step_state(self.step), before)
+            self.optimizer.zero_grad()
+        self.note = f"captured; a replay and an eager step differ by at most {100 * self.difference:.2g} % of a tensor's change"
+        if reason:
+            self.possible, self.note = False, f"not captured: {reason}"
+            self.recorded.clear()
+            tqdm.write(f"Steps are not captured: {reason}.")
+
+    def _record(self, images: Tensor, labels: Tensor) -> str:
+        """Record a step on these tensors. Returns why that failed, or ""."""
+        places = addresses(step_state(self.step))
+        self._set_rates([group["lr"] for group in self.optimizer.param_groups])
+        try:
+            _warm_up(lambda: self._step(images, labels), 1, self.device)  # with learning rates that lie on the device
+            self.recorded[images.shape] = (images, labels, self.record(lambda: self._step(images, labels)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            self.possible = False
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
-            tqdm.write(f"This step can't be captured, so it runs uncaptured ({cause.splitlines()[0]})")
+            return f"recording one failed ({cause.splitlines()[0]})"
+        moved = [name for name, place in addresses(step_state(self.step)).items() if places.get(name) != place]
+        return f"a step replaces {moved[0]} instead of changing it in place" if moved else ""
+
+    @torch.no_grad()
+    def _check(self, images: Tensor, labels: Tensor) -> str:
+        """Compare a replay with an eager step from the same state, on other inputs and at other learning rates than those
+        recorded. Returns how they disagree, or ""."""
+        state = step_state(self.step)
+        start, floats = snapshot(state), [group["lr"] for group in self.optimizer.param_groups]
+        images.copy_(images.flip(-1))
+        labels.copy_(labels.roll(1))
+        ends = []
+        for run in (self.recorded[images.shape][2], lambda: self.step(images, labels)):
+            put_back(state, start)
+            self._set_rates([rate / 4 for rate in floats])
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.enable_grad():
+                self._at_rates([rate / 4 for rate in floats], run)
+            ends.append(snapshot(state))
+        difference, name = largest_difference(start, ends[0], ends[1], len(labels))
+        self.difference = max(self.difference, difference)
+        if difference <= TOLERANCE:
+            return ""
+        return f"a replay's {name} and an eager step's differ by {100 * difference:.2g} % of the change"
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """The step with its learning rates read from the device."""
-        groups = self.step.optimizer.param_groups
+        self._at_rates(self.rates, lambda: self.step(images, labels))
+
+    def _at_rates(self, rates: list[Tensor] | list[float], run: Callable[[], object]) -> None:
+        """Run with these learning rates in the optimizer."""
+        groups = self.optimizer.param_groups
         floats = [group["lr"] for group in groups]
         try:
-            for group, rate in zip(groups, self.rates, strict=True):
+            for group, rate in zip(groups, rates, strict=True):
                 group["lr"] = rate
-            self.step(images, labels)
+            run()
         finally:
             for group, rate in zip(groups, floats, strict=True):
                 group["lr"] = rate
 
-    def _set_rates(self) -> None:
-        floats = [group["lr"] for group in self.step.optimizer.param_groups]
+    def _set_rates(self, floats: list[float]) -> None:
+        """Write the learning rates to where a recording reads them."""
         if floats != self.rates_now:
             for tensor, rate in zip(self.rates, floats, strict=True):
                 tensor.fill_(rate)
             self.rates_now = floats
 
-    def _changing(self) -> Iterator[Tensor]:
-        """Everything that a step changes."""
-        yield from self.net.parameters()
-        yield from self.net.buffers()
-        yield self.figures.sums
-        for state in self.step.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, Tensor))
 
-
-def _warm_up(run: Callable[[], object], device: torch.device) -> None:
+def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> None:
     """Run a few times, on CUDA in a stream of its own, as captures want it."""
     if device.type != "cuda":
-        for _ in range(WARM_UP):
+        for _ in range(times):
             run()
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     try:
         with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
+            for _ in range(times):
                 run()
     finally:  # whoever puts things back has to come after what has been launched
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:
+    """Record what `run` launches; returns what replays it."""
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):

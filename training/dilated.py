@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Conv2d(nn.Conv2d):
+class FastDilatedConv2d(nn.Conv2d):
     """A 3x3 convolution with padding = dilation, computed without dilation: the same figures, up to rounding.
 
     A convolution dilated by d meets each of the map's d x d phases (every d-th pixel) by itself. With the phases side by
@@ -28,21 +28,21 @@ class Conv2d(nn.Conv2d):
         return phases.permute(0, 2, 1, 4, 3, 5).reshape(number, height, width, -1).permute(0, 3, 1, 2)
 
 
-def quicken(net: nn.Module, device: torch.device) -> None:
+def use_fast_dilated_convs(net: nn.Module, device: torch.device) -> None:
     """Have the dilated depthwise convolutions of `net` computed so, where that is faster."""
     for layer in net.modules():
-        if device.type == "cpu" and type(layer) is nn.Conv2d and _is_such(layer):
-            layer.__class__ = Conv2d
+        if device.type == "cpu" and type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
+            layer.__class__ = FastDilatedConv2d
 
 
-def plain(net: nn.Module) -> None:
-    """Undo `quicken`."""
+def restore_convs(net: nn.Module) -> None:
+    """Undo `use_fast_dilated_convs`."""
     for layer in net.modules():
-        if type(layer) is Conv2d:
+        if type(layer) is FastDilatedConv2d:
             layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
-def _is_such(layer: nn.Conv2d) -> bool:
+def _is_dilated_depthwise(layer: nn.Conv2d) -> bool:
     step = layer.dilation[0]
     return (step > 1 and layer.groups == layer.in_channels and layer.kernel_size == (3, 3) and layer.stride == (1, 1)
             and layer.dilation == layer.padding == (step, step) and layer.padding_mode == "zeros")

@@ -1,0 +1,75 @@
+"""Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
+
+from collections.abc import Iterator
+
+import albumentations as A
+import numpy as np
+import torch
+from torch import Tensor
+
+from batches.device_policy import DevicePolicy
+from batches.randomness import ORDER, WHOLE_BATCHES, random_stream
+from images.dataset import Split
+
+AUGMENTED_TOGETHER = 4096  # images that a GPU augments together
+TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images a step of a test
+KEPT_BYTES = 2**28  # of a split's normalized images, 12 kB each, that may stay on a GPU
+
+Batch = tuple[Tensor, Tensor]  # images float32 N x 3 x H x W, labels int64 N
+Drawn = tuple[Tensor, list[Tensor]]  # an epoch's order, int64 N, and each policy step's parameters, in the images' own order
+
+
+class DeviceBatches:
+    """All batches of a run, from images that lie on the device as uint8. The same calls as WorkerBatches."""
+
+    def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
+                 device: torch.device) -> None:
+        """`splits` and `policies` have the same keys. Raises Unsupported."""
+        height, width = next(iter(splits.values())).images.shape[1:3]
+        self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
+        self.images = {name: torch.from_numpy(split.images).to(device) for name, split in splits.items()}
+        self.labels = {name: torch.from_numpy(split.labels).to(device) for name, split in splits.items()}
+        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
+        self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by split
+
+    def shuffled(self, split: str, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch)."""
+        yield from self._run(split, epoch, None, self.batch_size)
+        if self.device.type == "cuda":  # which is still at work on the last batches
+            self.drawn = {(split, epoch + 1): self._draw(split, epoch + 1, None)}
+
+    def in_order(self, split: str) -> Iterator[Batch]:
+        """The batches of a test. On a GPU, images that nothing random is done to are normalized once and stay there."""
+        if split in self.kept:
+            return iter(self.kept[split])
+        batches = self._run(split, 0, np.arange(len(self.labels[split])), TEST_BATCH[self.device.type])
+        keep = self.device.type == "cuda" and not self.policies[split].draws and 4 * self.images[split].numel() <= KEPT_BYTES
+        return iter(self.kept.setdefault(split, list(batches))) if keep else batches
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _draw(self, split: str, epoch: int, order: np.ndarray | None) -> Drawn:
+        """An epoch's random numbers, and its order where none is given. Row i is image i's, whatever the order."""
+        count, policy = len(self.labels[split]), self.policies[split]
+        order = random_stream(self.seed, ORDER, epoch).permutation(count) if order is None else order
+        uniform = random_stream(self.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
+        return self._to_device(order), policy.sample(self._to_device(uniform))
+
+    def _run(self, split: str, epoch: int, order: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
+        policy, images, labels = self.policies[split], self.images[split], self.labels[split]
+        drawn = self.drawn.pop((split, epoch)) if (split, epoch) in self.drawn else self._draw(split, epoch, order)
+        on_device, parameters = drawn
+        # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
+        together = batch_size * max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else batch_size
+        for indices in on_device.split(together):
+            made = policy(images[indices], [values[indices] for values in parameters])
+            yield from zip(made.split(batch_size), labels[indices].split(batch_size), strict=True)
+
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        """On the device, without waiting for it."""
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)

@@ -1,0 +1,48 @@
+"""Make the batches of a run: whole ones on the device, or image by image in worker processes."""
+
+import albumentations as A
+import torch
+
+from batches.device_batches import DeviceBatches
+from batches.device_policy import DevicePolicy, Unsupported
+from batches.policy import test_policy, train_policy
+from batches.worker_batches import WorkerBatches
+from config import Config, UserError
+from images.dataset import Images
+
+Batches = DeviceBatches | WorkerBatches
+Policies = dict[str, A.Compose]
+
+
+def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> Policies:
+    """The policy of each split. `mean` and `std` are each channel's, as fractions of 255."""
+    normalization = test_policy(mean, std)
+    return {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
+
+
+def resolve_batches(batches: str, policies: Policies, images: Images, device: torch.device) -> str:
+    """Resolve Config's `batches`: "auto" is "device" where every policy runs on whole batches, else "workers", and a line is
+    printed that says why. "device" where it is impossible is an error."""
+    if batches == "workers":
+        return batches
+    height, width = images.train.images.shape[1:3]
+    try:
+        if device.type == "mps":
+            raise Unsupported("64-bit arithmetic")
+        for policy in policies.values():
+            DevicePolicy(policy, height, width, torch.device("cpu"))
+    except Unsupported as reason:
+        if batches == "device":
+            raise UserError(f"--batches device can't run {reason} on whole batches on device {device}: use --batches workers, "
+                            "or change the policy") from reason
+        print(f"Batches are made by workers: {reason} can't run on whole batches on device {device}.")
+        return "workers"
+    return "device"
+
+
+def make_batches(config: Config, images: Images, policies: Policies, device: torch.device) -> Batches:
+    """The batches of all three splits, made as `config.batches` says: "device" or "workers"."""
+    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    if config.batches == "device":
+        return DeviceBatches(splits, policies, config.batch_size, config.seed, device)
+    return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, pin_memory=device.type == "cuda")

@@ -1,0 +1,222 @@
+"""Parse the command line. Needs no torch, so that --help and a wrong flag answer at once."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib.metadata
+import itertools
+import os
+import platform
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from commands import help as texts
+from config import RECIPES, Config, UserError, flag
+
+VERSION = "1.0.0"
+SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
+FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
+         "instruction_set", "name", "pictures", "tensorboard")  # one value for a whole sweep
+
+
+def parse(line: list[str]) -> Namespace:
+    """What the command line asks for: its `verb`, and what that verb's file in commands/ reads."""
+    verbs: dict[str, Callable[[list[str]], Namespace]] = {
+        "train": _parse_train, "sweep": _parse_sweep, "compare": _parse_compare, "plot": _parse_plot, "test": _parse_test,
+        "predict": _parse_predict, "export": _parse_export}
+    verb, rest = (line[0], line[1:]) if line and not line[0].startswith("-") else ("train", line)
+    if verb not in verbs:
+        raise UserError(f"there is no command {verb!r}{_did_you_mean(verb, verbs)} (python main.py --help lists all)")
+    arguments = verbs[verb](rest)
+    arguments.verb = verb
+    return arguments
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are UserErrors."""
+
+    def __init__(self, verb: str, description: str) -> None:
+        super().__init__(prog=f"python main.py {verb}".strip(), description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists all settings)")
+
+    def parse(self, line: list[str]) -> Namespace:
+        """Parse; name the nearest flag where one is unknown, and check the settings that are given."""
+        arguments, unknown = self.parse_known_args(line)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            self.error(f"unknown argument {word}" + (_did_you_mean(word, self._option_string_actions)
+                                                     if word.startswith("-") else ""))
+        return arguments
+
+    def add_setting(self, name: str, **how: Any) -> None:
+        """A flag for a setting, absent from the result where it isn't given. `how` replaces how it is read."""
+        field = SETTINGS[name]
+        if not how:
+            how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "VALUE"}
+        meaning = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        self.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **how)
+
+    def add_recipe(self) -> None:
+        """The flag --recipe."""
+        self.add_argument("--recipe", type=_recipe, default={}, metavar="NAME",
+                          help=f"a named set of settings: {', '.join(RECIPES)}; flags override it")
+
+
+def _did_you_mean(word: str, known: Any) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe."""
+    if name not in RECIPES:
+        raise argparse.ArgumentTypeError(f"there is no recipe {name!r}{_did_you_mean(name, RECIPES)} "
+                                         f"(recipes: {', '.join(RECIPES)})")
+    unknown = RECIPES[name].keys() - SETTINGS.keys()
+    if unknown:
+        setting = min(unknown)
+        raise argparse.ArgumentTypeError(f"recipe {name} in config.py has the setting {setting!r}, which is none of Config's"
+                                         + _did_you_mean(setting, SETTINGS))
+    return RECIPES[name]
+
+
+def _version() -> str:
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "not installed"
+    return f"tiny-cifar10-cnn {VERSION}, Python {platform.python_version()}, torch {torch}"
+
+
+def _parse_train(line: list[str]) -> Namespace:
+    """given (the settings of the command line, recipe included), resume (a run, "" for the newest, None for a new run), and the
+    new run's config."""
+    parser = Parser("", texts.TRAIN)
+    parser.add_argument("--version", action="version", version=_version())
+    parser.add_recipe()
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="resume an unfinished run, the newest if none is named")
+    for name in SETTINGS:
+        parser.add_setting(name)
+    given = vars(parser.parse(line))
+    resume, recipe = given.pop("resume"), given.pop("recipe")
+    given = recipe | given
+    config = None if resume is not None else Config(**given)
+    _tell_threads(given.get("threads", 0))
+    return Namespace(given=given, resume=resume, config=config)
+
+
+def _tell_threads(threads: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        print(f"--threads is {threads}, but this program may use {cores} cores: more threads than cores are slower",
+              file=sys.stderr)
+
+
+def _parse_sweep(line: list[str]) -> Namespace:
+    """configs, in the order they run: all combinations with the first seed, then with the next; and log_dir."""
+    parser = Parser("sweep", texts.SWEEP)
+    parser.add_recipe()
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
+    parser.add_argument("--one-at-a-time", action="store_true", help="vary each setting alone, not all combinations")
+    for name, field in SETTINGS.items():
+        if name in FIXED:
+            parser.add_setting(name)
+        elif name != "seed":
+            parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]")
+    given = vars(parser.parse(line))
+    seeds, one_at_a_time, recipe = (given.pop(name) for name in ("seeds", "one_at_a_time", "recipe"))
+    if not 1 <= seeds <= 1000:
+        raise UserError(f"--seeds is {seeds}, but must lie in 1 to 1000")
+    base = recipe | {name: value for name, value in given.items() if name in FIXED}
+    base |= {name: values[0] for name, values in given.items() if name not in FIXED and len(values) == 1}
+    varied = {name: values for name, values in given.items() if name not in FIXED and len(values) > 1}
+    if not varied and seeds == 1:
+        raise UserError("nothing varies in this sweep: give a setting several values (--lr 0.01,0.05), or --seeds 3")
+    if one_at_a_time:
+        changes = [{}, *({name: value} for name, values in varied.items() for value in values
+                         if value != base.get(name, getattr(Config, name)))]
+    else:
+        changes = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    configs = [Config(**(base | change | {"seed": seed})) for seed in range(seeds) for change in changes]
+    _tell_threads(configs[0].threads)
+    return Namespace(configs=configs, log_dir=configs[0].log_dir)
+
+
+def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
+    """How to read values of a setting, separated by commas."""
+    words = {"true": True, "false": False}
+
+    def read(text: str) -> list[Any]:
+        try:
+            values = [words[part] if field.type is bool else field.type(part) for part in text.split(",")]  # type: ignore[operator]
+        except (ValueError, KeyError):
+            kind = "true or false" if field.type is bool else f"{field.type.__name__}s"  # type: ignore[union-attr]
+            raise argparse.ArgumentTypeError(f"{text!r} must be {kind}, separated by commas") from None
+        if len(set(values)) < len(values):
+            raise argparse.ArgumentTypeError(f"{text!r} has a value twice")
+        return values
+
+    return read
+
+
+def _parse_plot(line: list[str]) -> Namespace:
+    return _checked(_finished_run_parser("plot", texts.PLOT, "log_dir", "data_dir", "device").parse(line))
+
+
+def _parse_test(line: list[str]) -> Namespace:
+    parser = _finished_run_parser("test", texts.TEST, "log_dir", "data_dir", "device")
+    parser.add_argument("--flip", action="store_true", help="also average over each image and its mirror image")
+    return _checked(parser.parse(line))
+
+
+def _parse_predict(line: list[str]) -> Namespace:
+    parser = _finished_run_parser("predict", texts.PREDICT, "log_dir", "device", run="--run")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="an image file, or a folder of them")
+    parser.add_argument("--top", type=int, default=3, metavar="N", help="print the N most probable classes (default: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    arguments = _checked(parser.parse(line))
+    if arguments.top < 1:
+        raise UserError(f"--top is {arguments.top}, but must be 1 or more")
+    return arguments
+
+
+def _parse_export(line: list[str]) -> Namespace:
+    parser = _finished_run_parser("export", texts.EXPORT, "log_dir", "data_dir")
+    parser.add_argument("--to", default="onnx", choices=("onnx", "int8", "torch"), help="the kind of file (default: onnx)")
+    return _checked(parser.parse(line))
+
+
+def _parse_compare(line: list[str]) -> Namespace:
+    parser = Parser("compare", texts.COMPARE)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's --name, its folder's name under logs/runs, or a path")
+    parser.add_setting("log_dir")
+    parser.set_defaults(log_dir=Config.log_dir)
+    return parser.parse(line)
+
+
+def _finished_run_parser(verb: str, description: str, *settings: str, run: str = "run") -> Parser:
+    """A parser for a command that uses a finished run. Settings that aren't given have Config's default; data_dir, None: where
+    the run had its images."""
+    parser = Parser(verb, description)
+    how: dict[str, Any] = {} if run.startswith("-") else {"nargs": "?"}
+    path = "or a path" if verb == "plot" else "a path, or a .safetensors file"
+    parser.add_argument(run, metavar="RUN", **how, help=f"a run's --name, its folder's name under logs/runs, {path}; the "
+                        "newest finished run if none is named")
+    for name in settings:
+        parser.add_setting(name)
+    parser.add_argument("--model", metavar="FILE",
+                        help="use the network of this model.py, such as RUN/model.py; the file is run as code")
+    parser.set_defaults(**{name: None if name == "data_dir" else getattr(Config, name) for name in settings})
+    return parser
+
+
+def _checked(arguments: Namespace) -> Namespace:
+    """`arguments`, after a check of the settings in them."""
+    Config(**{name: value for name, value in vars(arguments).items() if name in SETTINGS and value is not None})
+    return arguments

@@ -1,0 +1,38 @@
+"""python main.py plot: draw the pictures of a finished run."""
+
+from argparse import Namespace
+from contextlib import closing
+from pathlib import Path
+
+import albumentations as A
+import torch
+from inference.loading import load_trained
+from torch import nn
+
+from analysis.receptive_field import convolutions
+from batches.making import Batches, make_batches
+from config import UserError
+from images.dataset import Images
+from runs.plots import draw_all
+from runs.record import read_run
+from training.epoch import predict
+
+
+def run(arguments: Namespace) -> None:
+    """Draw the pictures of the run into its folder, from its weights and its images."""
+    if arguments.run and arguments.run.endswith(".safetensors"):
+        raise UserError(f"{arguments.run} is no run: pictures are drawn of a run; name its folder")
+    trained = load_trained(arguments)
+    with closing(make_batches(trained.config, trained.images, trained.policies, trained.device)) as batches:
+        draw_pictures(trained.net, batches, trained.images, trained.policies["train"], trained.device,
+                      trained.weights.path.parent)
+
+
+def draw_pictures(net: nn.Module, batches: Batches, images: Images, policy: A.Compose, device: torch.device,
+                  folder: Path) -> None:
+    """Draw all pictures of the finished run in `folder`. `policy` is that of the training images."""
+    logits, _ = predict(net, batches.in_order("test"), device)
+    stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(net)
+              if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last convolution of each block counts
+    names = draw_all(read_run(folder), images, policy, logits.softmax(1).cpu().numpy(), stages)
+    print(f"Pictures: {', '.join(names)}")

@@ -1,0 +1,134 @@
+"""Start the program, and end it: with one line on stderr for what a user can put right, with a traceback for bugs.
+
+This file alone is imported before Python's version is checked, so it has to be valid for older ones too.
+"""
+
+import importlib
+import importlib.util
+import os
+import sys
+
+if sys.version_info < (3, 11):
+    sys.stderr.write("error: this program needs Python 3.11 or newer, and this is Python %d.%d: make a virtual environment "
+                     "with a newer one, as the README shows\n" % sys.version_info[:2])
+    sys.exit(2)
+
+import contextlib
+import io
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from commands.parser import parse
+from config import Config, UserError
+
+# What makes PyTorch's three CPU libraries use AVX2 at most; they read it when they are loaded
+CAPS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"}
+PACKAGES = ("torch", "torchvision", "albumentations", "torchsummary", "safetensors", "matplotlib", "scipy", "tqdm")
+
+
+def parse_or_exit() -> Namespace:
+    """Parse the command line. Errors end the program here, and from here on everywhere, in one line."""
+    sys.excepthook = _end_by_exception
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
+    arguments = parse(sys.argv[1:])
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"the package {missing[0]} is not installed for {sys.executable}: activate the virtual environment, "
+                        "or install the packages with python -m pip install -r requirements.txt")
+    cap_instruction_set(arguments)
+    return arguments
+
+
+def run_or_exit(arguments: Namespace, train: Callable) -> None:
+    """Run the command, and end the process with its exit status."""
+    _exit(run(arguments, train))
+
+
+def run(arguments: Namespace, train: Callable) -> int:
+    """Run the command that `arguments` name. Returns the exit status; bugs pass as exceptions. `train` is main.train."""
+    from training.errors import as_user_errors, stop_on_signals  # loads torch
+
+    try:
+        with stop_on_signals(), as_user_errors():
+            command = importlib.import_module(f"commands.{arguments.verb}")
+            return command.run(arguments, train) if arguments.verb in ("train", "sweep") else command.run(arguments) or 0
+    except BaseException as error:
+        status = report(error)
+        if status is None:
+            raise
+        return status
+
+
+def run_line(line: list[str], train: Callable) -> int:
+    """Parse and run a command line in this process. Returns the exit status."""
+    try:
+        arguments = parse(line)
+        cap_instruction_set(arguments)
+    except UserError as error:
+        return report(error) or 0
+    return run(arguments, train)
+
+
+def report(error: BaseException) -> int | None:
+    """Print an error that the user can put right as one line on stderr. Returns the exit status, or None for a bug."""
+    stop = getattr(error, "signal", None)  # a StopRequested, whose module loads torch
+    if stop is not None:
+        line, status = f"stopped by {stop.name}", 128 + stop
+    elif isinstance(error, KeyboardInterrupt):  # before the signal handlers are in place, or after
+        line, status = "stopped by SIGINT", 130
+    elif isinstance(error, UserError | OSError):  # an OSError that nobody foresaw is still the machine's, and names its file
+        line, status = f"error: {error}", 2
+    elif isinstance(error, MemoryError) or "failed to map segment" in str(error):
+        line, status = "error: memory ran out: free some that other programs hold", 2
+    else:
+        return None
+    print(" ".join("; ".join([line, *getattr(error, "__notes__", [])]).split()), file=sys.stderr)
+    return status
+
+
+def cap_instruction_set(arguments: Namespace) -> None:
+    """Have PyTorch use the CPU instructions of the setting, which works only before it is loaded."""
+    if _instruction_set(arguments) != "avx2":
+        return
+    if "torch" in sys.modules and os.environ.get("ATEN_CPU_CAPABILITY") != CAPS["ATEN_CPU_CAPABILITY"]:
+        raise UserError("--instruction-set avx2 must be known before PyTorch is loaded: start with python main.py")
+    os.environ.update(CAPS)
+
+
+def _instruction_set(arguments: Namespace) -> str:
+    """The setting of the command line, or else of the run to resume."""
+    if arguments.verb == "sweep":
+        return arguments.configs[0].instruction_set
+    if arguments.verb != "train":
+        return "auto"
+    if arguments.resume is None:
+        return arguments.config.instruction_set
+    if "instruction_set" in arguments.given:
+        return arguments.given["instruction_set"]
+    from runs.finding import find_unfinished  # loads NumPy, which --help doesn't need
+    from runs.record import CONFIG
+
+    folder = find_unfinished(Path(arguments.given.get("log_dir", Config.log_dir)), arguments.resume)
+    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # a damaged one is told later
+        record: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return str(record["config"]["instruction_set"])
+    return "auto"
+
+
+def _end_by_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    status = report(error)
+    if status is None:
+        sys.__excepthook__(kind, error, traceback)
+    _exit(1 if status is None else status)
+
+
+def _exit(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a closed pipe, a full disk: the user has been told
+            stream.flush()
+    os._exit(status)  # all is on disk and no worker is left; with torch, Python's own way out takes more than a second

@@ -1,0 +1,55 @@
+"""What tells two runs apart: the settings that have an effect, and the network."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from config import Config
+from images.names import printable
+from runs.record import PATHS, Record
+
+# Settings that change no result, or change it only as another seed does
+IGNORED = (*PATHS, "seed", "name", "workers", "threads", "device", "batches", "capture", "deterministic", "instruction_set",
+           "pictures", "tensorboard", "dataset")
+# Settings without which others have no effect
+DEPENDENTS = {"affine_p": ("shift", "scale", "rotate"), "coarse_dropout_p": ("coarse_dropout_size",),
+              "teacher": ("teacher_share", "temperature")}
+FIGURES = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+
+
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a config, also one of an earlier version of the program, the settings that have an effect. Settings that came since
+    have their defaults; one that is gone counts where it was in use."""
+    known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
+    idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
+    return {name: value for name, value in known.items() if name not in IGNORED and name not in idle}
+
+
+def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two records of networks are those of the same one: by identity, or by their figures where one of them is from
+    before identities were recorded."""
+    if "identity" in network and "identity" in other:
+        return network["identity"] == other["identity"]
+    return all(network[name] == other[name] for name in FIGURES)
+
+
+def differences(record: Record, reference: Record) -> dict[str, str]:
+    """What differs in the settings and the network of a run from those of the `reference` run, by name."""
+    ours, theirs = settings(record["config"]), DEFAULTS | reference["config"]
+    found = {name: printable(str(value)) for name, value in ours.items() if value != theirs.get(name)}
+    classes, their_classes = (len(each["dataset"]["class_names"]) for each in (record, reference))
+    resized = "width" in found or classes != their_classes  # which changes a network's figures and its identity
+    network, their_network = record["network"], reference["network"]
+    for name, words in FIGURES.items():
+        if network[name] != their_network[name] and (name == "receptive_field" or not resized):
+            found[words] = f"{network[name]:,}" if network[name] is not None else "?"
+    recorded = "identity" in network and "identity" in their_network
+    if recorded and network["identity"] != their_network["identity"] and not (resized or "dropout" in found):
+        found["network"] = short_identity(network)
+    return found
+
+
+def short_identity(network: Mapping[str, Any]) -> str:
+    """The first digits of a network's identity, for people."""
+    return printable(str(network.get("identity", "unknown"))[:8])

@@ -1,0 +1,13 @@
+"""Names of files and classes, made fit for a terminal and a log."""
+
+
+def printable(text: str) -> str:
+    """`text` with every character that is not printable escaped: control codes, line breaks, bytes that are not UTF-8."""
+    return "".join(character if character.isprintable() else _escape(character) for character in text)
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:  # os.fsdecode's form of a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")

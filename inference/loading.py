@@ -1,0 +1,70 @@
+"""Load what testing, plotting and exporting a trained run need."""
+
+import dataclasses
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from batches.making import Policies, make_policies, resolve_batches
+from config import Config, UserError
+from images.dataset import Images
+from images.loading import load_images
+from inference.network import build_trained_net
+from runs.checkpoint import read_paths
+from runs.weights import Weights, find_weights, read_weights
+from training.machine import available_cores, find_device, keep_freed_memory, memory_format
+
+SETTINGS = {field.name for field in dataclasses.fields(Config)}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Trained weights, their network in evaluation mode on `device`, and the images and policies of their run. `config` is the
+    run's, with the `batches` and `threads` of this machine."""
+
+    weights: Weights
+    net: nn.Module
+    images: Images
+    policies: Policies
+    config: Config
+    device: torch.device
+
+
+def load_trained(arguments: Namespace) -> Trained:
+    """Load the run that the command line names.
+
+    Args:
+        arguments: run (str or None: the newest finished run), log_dir, device, model (the path of a model.py, or None), and
+            data_dir (None: where the run had its images).
+    """
+    device = find_device(arguments.device)
+    weights = read_weights(find_weights(Path(arguments.log_dir), arguments.run))
+    net = build_trained_net(weights, arguments.model)  # before any image is downloaded
+    config = _restore_config(weights, arguments)
+    images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
+    if not weights.trained_on(images):
+        raise UserError(f"the images in {config.data_dir} are not those that {weights.path} was trained on: name their folder "
+                        "with --data-dir")
+    policies = make_policies(config, weights.mean, weights.std)
+    config = dataclasses.replace(config, batches=resolve_batches(config.batches, policies, images, device))
+    keep_freed_memory()
+    torch.set_num_threads(config.threads)
+    return Trained(weights, net.to(device).to(memory_format=memory_format(device)), images, policies, config, device)
+
+
+def _restore_config(weights: Weights, arguments: Namespace) -> Config:
+    """The settings of the run on this machine. Those that only training needs have their defaults."""
+    data_dir = arguments.data_dir
+    if data_dir is None:
+        data_dir = read_paths(weights.path.parent).get("data_dir", Config.data_dir)
+    here = {"data_dir": data_dir, "log_dir": arguments.log_dir, "device": arguments.device, "threads": available_cores()}
+    training = {"batches", "capture", "teacher", "deterministic", "instruction_set"}
+    known = {name: value for name, value in weights.config.items() if name in SETTINGS - training}
+    try:
+        return Config(**(known | here))
+    except UserError as error:
+        raise UserError(f"{weights.path} was made by another version of this program ({error}): use it with that one, or train "
+                        "anew") from error

@@ -1,0 +1,69 @@
+"""The network of trained weights: that of model.py, or of another file that the user names."""
+
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from analysis.identity import network_identity
+from config import UserError
+from model import Net
+from runs.record import MODEL
+from runs.weights import Weights
+from training.epoch import check_output
+from training.errors import as_user_errors
+
+MODULE_NAME = "named_model"  # of a model.py that is not ours
+
+
+def load_net_class(path: Path) -> type[nn.Module]:
+    """Run a model.py and return its `Net`."""
+    module = types.ModuleType(MODULE_NAME)
+    module.__file__ = str(path)
+    sys.modules[MODULE_NAME] = module  # where dataclasses look for it
+    try:
+        with as_user_errors():
+            # importlib would leave __pycache__ in the run's folder
+            exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"--model {path} can't be read ({error.strerror or error}): name a model.py") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"--model {path} can't be imported ({type(error).__name__}: {error}): name another file") from error
+    net_class = vars(module).get("Net")
+    if not (isinstance(net_class, type) and issubclass(net_class, nn.Module)):
+        raise UserError(f"--model {path} has no class Net that is a torch.nn.Module: name a model.py that has one")
+    return net_class
+
+
+def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
+    """Build the network of `weights`, on the CPU, in evaluation mode.
+
+    Args:
+        weights: where they know the identity of their network, the one that is built must have it.
+        model: a model.py whose `Net` to use; None uses ours.
+    """
+    net_class = load_net_class(Path(model)) if model else Net
+    num_classes = len(weights.class_names)
+    try:
+        with as_user_errors():
+            net = net_class(num_classes, weights.config["dropout"], weights.config["width"])
+    except TypeError as error:
+        raise UserError(f"Net of {model or MODEL} must take num_classes, dropout and width ({error})") from error
+    if weights.identity and weights.identity != network_identity(net):
+        raise UserError(f"{weights.path} holds weights of another network than that of {model or MODEL}: "
+                        + _remedy(weights, model))
+    weights.load_into(net)
+    check_output(net, num_classes, torch.device("cpu"))
+    return net
+
+
+def _remedy(weights: Weights, model: str | None) -> str:
+    own = weights.path.parent / MODEL
+    if own.exists() and (model is None or own.resolve() != Path(model).resolve()):
+        return f"that of the run lies in {own}; use it with --model {shlex.quote(str(own))}"
+    return "undo the edits made since, or name the run's model.py with --model"

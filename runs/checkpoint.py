@@ -1,0 +1,133 @@
+"""Checkpoints: written atomically, checked by SHA-256, and read without running code from the file."""
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import UserError
+from runs.files import TEMPORARY, sync_folder, unwritable, write
+from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT
+from runs.log import check_rows
+from runs.record import check_record
+
+State = dict[str, Any]
+KEYS = {"net", "optimizer", "rows", "record", "places"}  # what every checkpoint has; `best` where images are held out
+DIGEST = hashlib.sha256().digest_size
+
+
+class CheckpointCorrupt(UserError):
+    """A checkpoint that is missing, damaged, or not one of this program."""
+
+
+def pack(state: Mapping[str, Any]) -> bytes:
+    """`state` as a file that torch.load also reads, with its SHA-256 behind it."""
+    buffer = io.BytesIO()
+    torch.save(on_cpu(state), buffer)
+    content = buffer.getvalue()
+    return content + hashlib.sha256(content).digest()
+
+
+def on_cpu(value: Any) -> Any:
+    """`value` with the tensors in its dicts and lists on the CPU: a checkpoint of a GPU must load on a machine without."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu()
+    if isinstance(value, Mapping):
+        return {key: on_cpu(item) for key, item in value.items()}
+    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def cloned(value: Any) -> Any:
+    """`value` with clones of the tensors in its dicts and lists, on their own device: the next step changes them in place."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, Mapping):
+        return {key: cloned(item) for key, item in value.items()}
+    return [cloned(item) for item in value] if isinstance(value, list) else value
+
+
+def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+    """Make `state` the newest checkpoint in a run's folder, and the newest so far the previous one."""
+    newest, fresh = folder / CHECKPOINT, folder / f"{TEMPORARY}{CHECKPOINT}"
+    write(fresh, pack(state), durable=True)
+    try:
+        # A crash between the two renames leaves the previous checkpoint only, and resuming finds it.
+        if newest.exists():
+            os.replace(newest, folder / PREVIOUS_CHECKPOINT)
+        os.replace(fresh, newest)
+        sync_folder(folder)
+    except OSError as error:
+        raise unwritable(newest, error) from error
+
+
+def unpack(path: Path) -> State:
+    """The state in the file `path`, its tensors on the CPU. Raises CheckpointCorrupt."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointCorrupt(f"{path.name} can't be read ({error.strerror})") from error
+    content, digest = data[:-DIGEST], data[-DIGEST:]
+    if hashlib.sha256(content).digest() != digest:
+        raise CheckpointCorrupt(f"{path.name} is damaged (its checksum is wrong)")
+    try:  # a right checksum is no proof of good will, so only tensors and plain values are loaded
+        with warnings.catch_warnings(action="ignore"):  # of foreign content, about which the error says enough
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises nearly anything on foreign content
+        raise CheckpointCorrupt(f"{path.name} holds no checkpoint that is safe to load") from error
+    try:
+        _check_state(state, path)
+    except UserError as error:
+        raise CheckpointCorrupt(f"{path.name} is no checkpoint of this program") from error
+    return state
+
+
+def _check_state(state: Any, path: Path) -> None:
+    """Raise UserError unless `state` has the parts of a checkpoint, each of its type, and finite tensors."""
+    if not isinstance(state, dict) or not state.keys() >= KEYS:
+        raise UserError("a part is missing")
+    best, optimizer, places = state.get("best"), state["optimizer"], state["places"]
+    whole = _is_net(state["net"]) and isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
+    whole = whole and all(isinstance(values, dict) and all(value is None or _is_tensor(value) for value in values.values())
+                          for values in optimizer["state"].values())
+    whole = whole and isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
+    if best is not None:
+        whole = whole and isinstance(best, dict) and type(best.get("epoch")) is int and _is_net(best.get("net"))
+        whole = whole and {name: tensor.shape for name, tensor in best["net"].items()} == {
+            name: tensor.shape for name, tensor in state["net"].items()}
+    if not whole:
+        raise UserError("a part has the wrong type")
+    check_rows(state["rows"], path)
+    check_record(state["record"], path)
+
+
+def _is_net(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(name, str) and _is_tensor(item) for name, item in value.items())
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
+
+
+def read_newest(folder: Path) -> tuple[State, list[str]]:
+    """The newest whole state in a run's folder, and a note that names a damaged newer one."""
+    try:
+        return unpack(folder / CHECKPOINT), []
+    except CheckpointCorrupt as newest:
+        try:
+            return unpack(folder / PREVIOUS_CHECKPOINT), [f"{newest}: went on from {PREVIOUS_CHECKPOINT}"]
+        except CheckpointCorrupt as previous:
+            raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start it anew") from previous
+
+
+def read_paths(folder: Path) -> dict[str, str]:
+    """Where the run in `folder` had its images, its logs and its teacher: data_dir, log_dir and teacher, by its checkpoint.
+    Empty where it has none."""
+    try:
+        return unpack(folder / CHECKPOINT)["places"]
+    except CheckpointCorrupt:
+        return {}

@@ -1,0 +1,151 @@
+"""Trained weights: safetensors files with what is needed to use them."""
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from config import Config, UserError
+from images.dataset import Images
+from model import Net
+from runs.files import write
+from runs.finding import find_finished
+from runs.record import FINAL, MODEL
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The content of a .safetensors file of a run. `mean` and `std` are each channel's, as fractions of 255."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: dict[str, Any]  # the run's settings, as in its config.json
+    fingerprint: str | None  # of the images trained on; None in files from before it was kept
+    identity: str | None  # of the network (analysis.identity); None in files from before it was kept
+    digest: str  # SHA-256 of the tensors
+
+    @property
+    def name(self) -> str:
+        """How logs call these weights, wherever they lie: run, file, first digits of the SHA-256."""
+        file = "" if self.path.name == FINAL else f"/{self.path.name}"
+        return f"{self.path.resolve().parent.name}{file}:{self.digest[:8]}"
+
+    def trained_on(self, images: Images) -> bool:
+        """Whether these weights were trained on `images`, as far as the file tells."""
+        if self.fingerprint:
+            return self.fingerprint == images.fingerprint()
+        pairs = zip((*self.mean, *self.std), itertools.chain(*images.statistics()), strict=True)
+        return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
+
+    def build_net(self, net_class: type[nn.Module] = Net) -> nn.Module:
+        """The network of these weights, on the CPU."""
+        net = net_class(len(self.class_names), self.config["dropout"], self.config["width"])
+        self.load_into(net)
+        return net
+
+    def load_into(self, net: nn.Module) -> None:
+        """Copy these weights into `net`."""
+        try:
+            net.load_state_dict(self.tensors)
+        except RuntimeError as error:
+            own = self.path.parent / MODEL
+            hint = f"use the run's own network with --model {own}" if own.exists() else "undo the edits made since"
+            raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
+                            f"({' '.join(str(error).split())[:200]}): {hint}, or train anew") from error
+
+
+def find_weights(log_dir: Path, name: str | None) -> Path:
+    """The .safetensors file that is named, or the final weights of the newest finished run that a person calls `name`."""
+    if name is None or Path(name).suffix != ".safetensors":
+        return find_finished(log_dir, name) / FINAL
+    path = next((path for path in (Path(name), log_dir / "runs" / name) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"there is no file {name}, also not below {log_dir / 'runs'}: name a run, or a .safetensors file "
+                        "of one")
+    return path
+
+
+def find_teacher(config: Config) -> Weights | None:
+    """The weights of the teacher that the config names, or None where it names none."""
+    if not config.teacher:
+        return None
+    try:
+        return read_weights(find_weights(Path(config.log_dir), config.teacher))
+    except UserError as error:
+        raise UserError(f"there is no teacher: {error}. To make the teacher of --recipe best: "
+                        "python main.py --recipe strong --width 3 --name teacher") from error
+
+
+def check_teacher(teacher: Weights, config: Config, images: Images) -> None:
+    """Raise UserError where the teacher has seen other images than this run's, so it may know those that are held out."""
+    if not teacher.trained_on(images):
+        raise UserError(f"teacher {config.teacher} was trained on other images than this run's, or held others out: name "
+                        "one of the same dataset and the same --validation")
+
+
+def read_weights(path: Path) -> Weights:
+    """The weights in a file that save_weights wrote."""
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+        header, body = _split(path.read_bytes())
+        digest = hashlib.sha256(body).hexdigest()
+        if metadata.get("sha256", digest) != digest or metadata.get("header_sha256", _header_digest(header)) != _header_digest(
+                header):
+            raise ValueError("its checksum is wrong")
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("not all its weights are finite")
+        mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "standard_deviation"))
+        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+            raise ValueError("its mean and standard deviation are not those of three channels")
+        config = {"dropout": 0.0, "width": 1} | metadata["config"]
+        Config(dropout=config["dropout"], width=config["width"])
+        class_names = metadata["class_names"]
+        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
+            raise ValueError("its class names are no list of names")
+        for key in ("images", "network"):
+            if not isinstance(metadata.get(key), str | None):
+                raise ValueError(f"its {key} is no text")
+        return Weights(path, tensors, tuple(class_names), mean, std, config, metadata.get("images"), metadata.get("network"),
+                       digest)
+    except (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
+                        "anew") from error
+
+
+def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a network's state_dict as safetensors, with `metadata`, each value as JSON. The same tensors and metadata give
+    the same bytes."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = save(on_cpu, {key: json.dumps(value) for key, value in metadata.items()})
+    # The library writes the header's keys in another order in every process.
+    header, body = _split(data)
+    header["__metadata__"]["sha256"] = json.dumps(hashlib.sha256(body).hexdigest())
+    header["__metadata__"]["header_sha256"] = json.dumps(_header_digest(header))
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    write(path, len(text).to_bytes(8, "little") + text + body, durable=True)
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The header and the tensors in the bytes of a safetensors file: 8 bytes that hold the header's length, JSON, the rest."""
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8:8 + length]), data[8 + length:]
+
+
+def _header_digest(header: dict[str, Any]) -> str:
+    """SHA-256 of a header, without that digest in it. Files from before it was kept have none."""
+    metadata = {key: value for key, value in header["__metadata__"].items() if key != "header_sha256"}
+    return hashlib.sha256(json.dumps(header | {"__metadata__": metadata}, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,157 @@
+"""Write what a run leaves on disk while it trains: log, checkpoints, weights, summary."""
+
+import contextlib
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import nn
+
+from config import Config
+from runs.checkpoint import State, cloned, pack, write_checkpoint
+from runs.files import make_run_folder, remove_leftovers, write
+from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
+from runs.log import AccuracyLog, Row
+from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
+from runs.resuming import Unfinished, lock_run
+from runs.weights import save_weights
+from training.errors import Diverged
+
+INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
+DATE = "%Y-%m-%d_%H-%M-%S"  # how a run's folder is called; its --name follows
+MODEL_SOURCE = Path(__file__).parents[1] / "model.py"
+
+
+class RunWriter:
+    """Writes the files of one run and holds its lock. As a context manager, it saves what can be saved when the run ends early,
+    and notes on the exception what is safe and how to resume."""
+
+    def __init__(self, folder: Path, lock: IO[bytes], record: Record, paths: Mapping[str, str], net: nn.Module,
+                 optimizer: torch.optim.Optimizer, state: State) -> None:
+        """`state` is that of the newest checkpoint; see start_run and resume_run."""
+        self.folder, self.lock, self.record, self.paths = folder, lock, record, paths
+        self.net, self.optimizer = net, optimizer
+        self.rows: list[Row] = state["rows"]
+        self.best: dict[str, Any] | None = state.get("best")  # epoch and weights of the highest validation accuracy
+        self.log = AccuracyLog(folder, Path(paths["log_dir"]), record, self.rows)
+        self.saved_epochs, self.saved_at = len(self.rows), time.monotonic()
+        self.unsaved: State | None = None
+
+    def start_log(self, network_summary: str) -> None:
+        """Write config.json and the logs, and print the log's comments and header."""
+        write(self.folder / CONFIG, as_json(self.record))
+        self.log.start(network_summary)
+        self._write_best()  # a crash may have come between a checkpoint and this
+        print("\n".join(self.log.comments), end="\n\n", flush=True)
+        print(self.log.header(), flush=True)
+
+    def save_epoch(self, row: Row, last: bool) -> str:
+        """Add an epoch to the log; write a checkpoint if the last one is INTERVAL ago, or after the last epoch. Returns the
+        log's row."""
+        if "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in self.rows):
+            self.best = {"epoch": row["epoch"], "net": cloned(self.net.state_dict())}
+        self.rows.append(row)
+        self.unsaved = cloned(self._state())
+        if last or time.monotonic() - self.saved_at >= INTERVAL:
+            self._write_checkpoint()
+        self.log.update()
+        return self.log.last_row()
+
+    def finish(self) -> dict[str, float | int]:
+        """Write the final weights, and last the summary, which marks the run as finished. Returns the summary."""
+        save_weights(self.folder / FINAL, self.net.state_dict(), self._metadata())
+        self.log.update(durable=True)
+        summary = summarize(self.rows)
+        write(self.folder / SUMMARY, as_json(summary), durable=True)
+        return summary
+
+    def __enter__(self) -> "RunWriter":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and run_state(self.folder) is not RunState.FINISHED:
+            self._rescue(error)
+
+    def _rescue(self, error: BaseException) -> None:
+        """Write what isn't written yet, and note on `error` what is safe and how to resume."""
+        if not self.folder.is_dir():
+            error.add_note("nothing of the run is left; start it anew")
+            return
+        with contextlib.suppress(Exception):  # a full disk, say, of which `error` tells already
+            self._write_checkpoint()
+        safe = f"epochs 0 to {self.saved_epochs - 1} are safe" if self.saved_epochs else "no epoch is finished yet"
+        if isinstance(error, Diverged):
+            with contextlib.suppress(OSError):
+                (self.folder / DIVERGED).touch()
+            error.add_note(f"{safe} in {self.folder}, but to resume it would only repeat this")
+        else:
+            usual = Path(Config.log_dir, "runs").resolve() == self.folder.parent.resolve()
+            error.add_note(f"{safe}; resume with: python main.py --resume "
+                           f"{self.folder.name if usual else shlex.quote(str(self.folder))}")
+        with contextlib.suppress(Exception):  # the log must not be ahead of the checkpoint
+            del self.rows[self.saved_epochs:]
+            self.log.update()
+
+    def _state(self) -> State:
+        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "rows": self.rows,
+                "record": self.record, "places": dict(self.paths)} | ({"best": self.best} if self.best else {})
+
+    def _write_checkpoint(self) -> None:
+        if self.unsaved is None:
+            return
+        write_checkpoint(self.folder, self.unsaved)
+        self.saved_epochs, self.unsaved, self.saved_at = len(self.unsaved["rows"]), None, time.monotonic()
+        self._write_best()
+
+    def _write_best(self) -> None:
+        """Write the best weights, which the newest checkpoint holds too: so they always belong to an epoch that is kept."""
+        if self.best:
+            save_weights(self.folder / BEST, self.best["net"], self._metadata())
+
+    def _metadata(self) -> dict[str, Any]:
+        """What is needed to use the weights. The number of workers, which changes nothing, is left out."""
+        dataset = self.record["dataset"]
+        return {"class_names": dataset["class_names"], "mean": dataset["mean"], "standard_deviation": dataset["deviation"],
+                "images": dataset["sha256"], "network": self.record["network"]["identity"],
+                "config": {key: value for key, value in self.record["config"].items() if key != "workers"}}
+
+
+def local_paths(config: Config) -> dict[str, str]:
+    """Where images, logs and teacher are on this machine, to find them again from another folder."""
+    teacher = os.path.abspath(config.teacher) if config.teacher and os.path.exists(config.teacher) else config.teacher
+    return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": teacher}
+
+
+def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer) -> RunWriter:
+    """Make the folder of a new run, with a checkpoint of its beginning, so that it can be resumed from then on."""
+    remove_leftovers(Path(config.log_dir))
+    paths = local_paths(config)
+    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": [], "record": record, "places": paths}
+    stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
+    folder = make_run_folder(Path(config.log_dir), stem, {
+        CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
+    return RunWriter(folder, lock_run(folder), record, paths, net, optimizer, state)
+
+
+def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.Module,
+               optimizer: torch.optim.Optimizer) -> RunWriter:
+    """Load the state of an unfinished run into `net` and `optimizer`, and go on with its files."""
+    record, state = unfinished.continue_record(record), unfinished.state
+    with unfinished.as_misfit():
+        net.load_state_dict(state["net"])
+        _load_optimizer_state(optimizer, state["optimizer"]["state"])
+    return RunWriter(unfinished.folder, unfinished.lock, record, local_paths(config), net, optimizer, state)
+
+
+def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
+    """Load what the optimizer has learned, such as momentum. Its settings are those it was just made with."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state.items():
+        for value in values.values():
+            if value is not None and value.shape not in (parameters[index].shape, torch.Size()):
+                raise ValueError(f"the optimizer's state of parameter {index} has the shape {value.shape}")
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

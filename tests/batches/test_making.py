@@ -1,0 +1,97 @@
+"""Policies and batches of a run, as its config says."""
+
+from dataclasses import replace
+
+import albumentations as A
+import numpy as np
+import pytest
+import torch
+from conftest import one_line, only_run
+
+from batches import making
+from batches.device_batches import DeviceBatches
+from batches.making import make_batches, make_policies, resolve_batches
+from batches.worker_batches import WorkerBatches
+from config import Config, UserError
+from images.dataset import Images, Split
+from images.synthetic import synthetic
+from runs.record import read_run
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def images() -> Images:
+    """100 training, 20 validation and 40 test images."""
+    data = synthetic()
+    cut = replace(data, train=Split(data.train.images[:120], data.train.labels[:120]),
+                  test=Split(data.test.images[:40], data.test.labels[:40]))
+    return cut.hold_out(20)
+
+
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_validation_and_test_images_are_normalized_and_not_augmented(images, batches):
+    mean, std = images.statistics()
+    assert min(mean) > 1.2 * max(std)  # so that one can't be taken for the other
+    config = Config(batches=batches, workers=0)
+    made = make_batches(config, images, make_policies(config, mean, std), CPU)
+    for name, split in (("validation", images.validation), ("test", images.test)):
+        pixels = torch.cat([part for part, _ in made.in_order(name)]).permute(0, 2, 3, 1).numpy()
+        assert np.allclose(pixels, (split.images / 255 - np.array(mean)) / np.array(std), atol=1e-5)
+    order = np.concatenate([labels for _, labels in made.in_order("test")])
+    assert order.tolist() == images.test.labels.tolist()
+    assert not np.allclose(pixels.std(), 0, atol=0.5)
+
+
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_training_images_are_augmented(images, batches):
+    mean, std = images.statistics()
+    config = Config(batches=batches, workers=0, coarse_dropout_p=0.0, affine_p=0.0)
+    made = make_batches(config, images, make_policies(config, mean, std), CPU)
+    pixels = torch.cat([part for part, _ in made.in_order("train")]).permute(0, 2, 3, 1).numpy()
+    plain = (images.train.images / 255 - np.array(mean)) / np.array(std)
+    as_it_was, flipped = (np.isclose(pixels, other, atol=1e-5).all((1, 2, 3)) for other in (plain, plain[:, :, ::-1]))
+    assert (as_it_was | flipped).all()
+    assert 0.3 < flipped.mean() < 0.7
+
+
+def test_batches_are_made_where_the_config_says(images):
+    policies = make_policies(Config(), *images.statistics())
+    assert isinstance(make_batches(Config(batches="device"), images, policies, CPU), DeviceBatches)
+    assert isinstance(make_batches(Config(batches="workers", workers=0), images, policies, CPU), WorkerBatches)
+
+
+# ---------------------------------------------------------------- auto, device, workers
+
+def test_auto_is_the_device_where_that_is_possible(images, capsys):
+    policies = make_policies(Config(), *images.statistics())
+    assert resolve_batches("auto", policies, images, CPU) == "device"
+    assert resolve_batches("device", policies, images, CPU) == "device"
+    assert resolve_batches("workers", policies, images, CPU) == "workers"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("split", "device", "words"), [
+    ("train", "cpu", "GaussNoise"), ("test", "cpu", "GaussNoise"), (None, "mps", "64-bit arithmetic")])
+def test_auto_falls_back_to_workers_and_device_is_an_error(images, capsys, split, device, words):
+    policies = make_policies(Config(), *images.statistics())
+    if split:
+        policies[split] = A.Compose([A.GaussNoise(), *policies[split].transforms])
+    assert resolve_batches("auto", policies, images, torch.device(device)) == "workers"
+    assert f"by workers: {words} can't run on whole batches on device {device}" in one_line(capsys.readouterr().out)
+    with pytest.raises(UserError, match=f"--batches device can't run {words} .*: use --batches workers"):
+        resolve_batches("device", policies, images, torch.device(device))
+    assert resolve_batches("workers", policies, images, torch.device(device)) == "workers"
+
+
+def test_a_run_whose_policy_cannot_run_on_the_device(run, tmp_path, monkeypatch):
+    policy = making.train_policy
+    monkeypatch.setattr(making, "train_policy", lambda *arguments: A.Compose([A.GaussNoise(), *policy(*arguments).transforms]))
+    status, _, err = run("--epochs", "1", "--batches", "device")
+    assert status == 2
+    assert "--batches device can't run GaussNoise" in one_line(err)
+    assert not list((tmp_path / "logs").glob("runs/*"))
+    status, out, _ = run("--epochs", "1", "--batches", "auto")
+    assert status == 0
+    assert sum("GaussNoise" in line for line in out.splitlines()) == 1
+    assert read_run(only_run(tmp_path)).record["config"]["batches"] == "workers"

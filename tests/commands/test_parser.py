@@ -1,0 +1,80 @@
+"""The command line, without running it."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from commands import parser
+from commands.parser import parse
+from config import RECIPES, Config, UserError
+
+
+def test_help_shows_every_setting_with_its_default_and_loads_no_torch():
+    out = subprocess.run([sys.executable, ROOT / "main.py", "--help"], capture_output=True, text=True, check=True).stdout
+    for name, field in Config.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in out
+        assert f"(default: {field.default!r})" in " ".join(out.split())
+    check = ("import sys, runpy\nsys.argv = ['main.py', *sys.argv[1:]]\nimport os\n"
+             "os._exit = lambda status: (_ for _ in ()).throw(SystemExit('torch' in sys.modules))\n"
+             "try:\n  runpy.run_path('main.py', run_name='__main__')\n"
+             "except SystemExit as end:\n  sys.exit(end.code or 'torch' in sys.modules)\n"
+             "except BaseException as error:\n  sys.excepthook(type(error), error, None)")
+    for arguments in (["--help"], ["--wrong"], ["--epochs", "0"], ["sweep", "--help"], ["fly"]):
+        assert subprocess.run([sys.executable, "-c", check, *arguments], cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_setting_of_a_recipe_yields_to_a_flag(monkeypatch):
+    monkeypatch.setitem(RECIPES, "quick", {"epochs": 20, "lr": 0.1})
+    arguments = parse(["--recipe", "quick", "--lr", "0.2", "--nesterov"])
+    assert arguments.given == {"epochs": 20, "lr": 0.2, "nesterov": True}
+    assert arguments.config == Config(epochs=20, lr=0.2, nesterov=True)
+    assert parse(["train", "--lr", "0.2"]).config == Config(lr=0.2)
+
+
+def test_a_mistake_in_a_recipe_is_named(monkeypatch):
+    monkeypatch.setitem(RECIPES, "quick", {"epoch": 20})
+    with pytest.raises(UserError, match=r"recipe quick in config\.py has the setting 'epoch'.* did you mean epochs\?"):
+        parse(["--recipe", "quick"])
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    (["tset"], "there is no command 'tset': did you mean test?"), (["compare", "--log-dri", "x"], "did you mean --log-dir?"),
+    (["sweep"], "nothing varies in this sweep"), (["sweep", "--lr", "0.1"], "nothing varies in this sweep"),
+    (["sweep", "--seeds", "0"], "--seeds is 0"), (["sweep", "--lr", "0.1,0.1"], "has a value twice"),
+    (["sweep", "--epochs", "1,x"], "must be ints"), (["sweep", "--nesterov", "yes"], "must be true or false"),
+    (["export", "--to", "onx"], "invalid choice: 'onx'"), (["predict", "x.png", "--top", "0"], "--top is 0"),
+    (["predict"], "required: IMAGE"), (["test", "--device", "gpu"], "--device is 'gpu'")])
+def test_wrong_lines_are_named(line, words):
+    with pytest.raises(UserError) as error:
+        parse(line)
+    assert words in str(error.value)
+
+
+def test_a_sweep_is_all_combinations_with_the_first_seed_then_the_next():
+    configs = parse(["sweep", "--lr", "0.1,0.2", "--nesterov", "false,true", "--seeds", "2", "--epochs", "3"]).configs
+    assert [(c.seed, c.lr, c.nesterov) for c in configs] == [
+        (seed, lr, nesterov) for seed in (0, 1) for lr in (0.1, 0.2) for nesterov in (False, True)]
+    assert {c.epochs for c in configs} == {3}
+
+
+def test_one_at_a_time_varies_each_setting_alone():
+    configs = parse(["sweep", "--one-at-a-time", "--lr", "0.1,0.01", "--dropout", "0,0.2"]).configs
+    assert configs == [Config(), Config(lr=0.1), Config(dropout=0.2)]
+
+
+def test_more_threads_than_cores_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(parser.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    parse(["--threads", "3"])
+    assert "--threads is 3, but this program may use 2 cores" in capsys.readouterr().err
+
+
+def test_export_has_a_default():
+    assert parse(["export"]).to == "onnx"
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--version"])
+    assert capsys.readouterr().out.startswith("tiny-cifar10-cnn 1")

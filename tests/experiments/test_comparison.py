@@ -1,0 +1,364 @@
+"""Runs made up for it, compared: groups, differences, what is significant, and what is left out."""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REFERENCE, one_line
+from made_up_runs import NOISE, compared, group_of, make_finished
+from scipy import stats
+
+from experiments.comparison import SettingGroup, Table, compare_groups, make_tables, read_finished
+from experiments.differences import settings
+from experiments.report import as_csv, as_text
+from runs.files import write
+from runs.finding import find_runs
+from runs.log import ACCURACY_LOG
+from runs.record import CONFIG, SUMMARY, as_json, read_run
+
+IDENTITY = "0123456789abcdef"
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(accuracy, seed, lr=0.1) -> the folder of a finished run in tmp_path/runs."""
+    return functools.partial(make_finished, tmp_path)
+
+
+def edit(folder: Path, **parts: dict) -> None:
+    """Change config.json in a run's folder: edit(folder, config={"seed": 1})."""
+    record = json.loads((folder / CONFIG).read_text())
+    write(folder / CONFIG, as_json(record | {part: record[part] | changes for part, changes in parts.items()}))
+
+
+# ---------------------------------------------------------------- groups
+
+def test_runs_that_differ_in_their_seed_are_one_group(make, tmp_path):
+    for seed in range(3):
+        make(88 + NOISE[seed], seed, lr=0.05)
+        make(86 + NOISE[seed], seed + 1, name=f"again{seed}", workers=4, device="cpu", threads=1, capture="off",
+             deterministic=True, instruction_set="avx2")
+    [table] = compared(tmp_path)
+    faster, same = group_of(table, lr="0.05"), group_of(table)
+    assert [len(group.runs) for group in (faster, same)] == [3, 4]  # the reference is the fourth of its group
+    assert (faster.is_reference, same.is_reference) == (False, True)
+    assert faster.mean("test_acc") == pytest.approx(88)
+    assert faster.seeds == [0, 1, 2]
+    assert faster.standard_error == pytest.approx(table.stds[80].value / math.sqrt(3))
+
+
+def test_a_repeated_seed_counts_once_and_the_newest(make, tmp_path):
+    make(80, 5, lr=0.05, stem="2026-02-01_00-00-00")
+    make(90, 5, lr=0.05, stem="2026-01-01_00-00-00")  # made last, after a clock was set back
+    [table] = compared(tmp_path)
+    assert group_of(table, lr="0.05").values("test_acc") == [90]
+
+
+def test_a_newer_run_of_the_reference_settings_stands_for_the_reference(make, tmp_path):
+    make(91, 0)
+    make(90, 0, lr=0.05)
+    [table] = compared(tmp_path)
+    assert group_of(table).is_reference
+    assert group_of(table).values("test_acc") == [91]
+    assert group_of(table, lr="0.05").difference.points == pytest.approx(-1)
+
+
+def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
+    for seed, shift in enumerate((0.1, 0.2)):
+        make(88, seed, affine_p=0.0, shift=shift)
+    make(88, coarse_dropout_size=8)
+    make(88, teacher="wide:12345678", temperature=4.0)
+    [table] = compared(tmp_path)
+    assert len(group_of(table, affine_p="0.0").runs) == 2
+    group_of(table, coarse_dropout_size="8")
+    group_of(table, teacher="wide:12345678")  # and not the temperature, which is the default
+
+
+def test_a_setting_that_is_gone_counts_where_it_was_in_use(make, tmp_path):
+    make(88, 1, warmup=0.0)
+    make(88, 2, warmup=5.0)
+    [table] = compared(tmp_path)
+    assert len(group_of(table).runs) == 2
+    assert len(group_of(table, warmup="5.0").runs) == 1
+    assert settings({"warmup": 0.0}) == settings({}) != settings({"warmup": 5.0})
+
+
+def test_an_edited_network_is_known_by_its_identity_and_its_figures(make, tmp_path):
+    edited = {"parameters": 200_000, "multiply_adds": 8_000_000, "receptive_field": None, "identity": IDENTITY}
+    make(85, nesterov=True, network=edited)
+    runs, _ = read_finished(find_runs(tmp_path))
+    reference = read_run(REFERENCE)
+    reference.record["network"]["identity"] = "f" * 16
+    [table] = make_tables(runs, reference)
+    assert group_of(table, nesterov="True", parameters="200,000", multiply_adds="8,000,000", receptive_field="?",
+                    network="01234567")
+
+
+def test_a_network_that_computes_the_same_is_the_same(make, tmp_path):
+    """Whatever its file's hash; and a run of before, which has none but that, is known by its figures."""
+    same = read_run(REFERENCE).record["network"].get("identity", IDENTITY)
+    make(85, 1, network={"identity": same, "model_sha256": "another"})
+    make(85, 2, network={"identity": "absent", "model_sha256": "a third"})
+    make(85, 3, network={"identity": "fedcba9876543210"})
+    make(85, 4, network={"identity": "absent", "model_sha256": "", "receptive_field": 63})
+    reference = read_run(REFERENCE)
+    reference.record["network"]["identity"] = same
+    [table] = make_tables(read_finished(find_runs(tmp_path))[0], reference)
+    assert group_of(table).seeds == [0, 1, 2]
+    assert group_of(table, network="fedcba98").seeds == [3]
+    assert group_of(table, receptive_field="63").seeds == [4]
+
+
+def test_a_network_setting_explains_another_identity(make, tmp_path):
+    """But two networks of the same setting are told apart."""
+    wide = {"parameters": 1_000_000, "multiply_adds": 50_000_000}
+    make(90, 0, width=3, network=wide | {"identity": IDENTITY})
+    make(90, 1, dropout=0.1, network={"identity": "fedcba9876543210"})
+    reference = read_run(REFERENCE)
+    reference.record["network"]["identity"] = "f" * 16
+
+    def table() -> Table:
+        [table] = make_tables(read_finished(find_runs(tmp_path))[0], reference)
+        return table
+
+    assert group_of(table(), width="3").seeds == [0]
+    assert group_of(table(), dropout="0.1").seeds == [1]
+    make(95, 1, width=3, network=wide | {"identity": "edited01"})
+    assert group_of(table(), width="3", network="01234567").seeds == [0]
+    assert group_of(table(), width="3", network="edited01").seeds == [1]
+
+
+def test_another_number_of_classes_explains_another_network(make, tmp_path):
+    make(90, dataset={"sha256": "pets", "kind": "folder", "class_names": ["cat", "dog"]},
+         network={"parameters": 153_378, "multiply_adds": 7_549_440, "identity": IDENTITY})
+    reference = read_run(REFERENCE)
+    reference.record["network"]["identity"] = "f" * 16
+    table = make_tables(read_finished(find_runs(tmp_path))[0], reference)[1]
+    assert group_of(table).label == "as the reference"
+
+
+def test_runs_on_other_images_are_never_compared(make, tmp_path):
+    for seed in (0, 1):
+        make(95, seed, lr=0.05, dataset={"sha256": "others", "kind": "folder"})
+        make(88, seed, lr=0.05)
+    own, others = compared(tmp_path)
+    assert others.dataset.startswith("folder")
+    assert [group.difference for group in others.groups] == [None]
+    assert group_of(own, lr="0.05").difference.points == pytest.approx(88 - read_run(REFERENCE).rows[-1]["test_acc"])
+    assert "nothing to compare" in as_text([others])
+
+
+# ---------------------------------------------------------------- differences
+
+def test_differences_have_the_pooled_error_and_holms_correction(make, tmp_path):
+    """Against the same computed another way: scipy's analysis of all values."""
+    accuracies = {0.01: (86.0, 86.3, 86.1), 0.02: (86.4, 86.6, 86.8), 0.05: (88.0, 88.1, 88.3), 0.1: (86.2,)}
+    for lr, values in accuracies.items():
+        for seed, value in enumerate(values):
+            make(value, seed, lr=lr, dataset={"sha256": "another"}, epochs=8)
+    table = compared(tmp_path)[1]
+    std = math.sqrt(sum(2 * statistics.variance(values) for values in accuracies.values() if len(values) > 1) / 6)
+    assert table.stds == {8: (pytest.approx(std), 6)}
+    base = statistics.fmean(accuracies[0.01])
+    raw, found = {}, {}
+    for lr in (0.02, 0.05, 0.1):
+        found[lr] = difference = group_of(table, epochs="8", lr=str(lr)).difference
+        error = std * math.sqrt(1 / 3 + 1 / len(accuracies[lr]))
+        assert difference.points == pytest.approx(statistics.fmean(accuracies[lr]) - base)
+        assert difference.error == pytest.approx(error)
+        raw[lr] = 2 * stats.t.sf(abs(difference.points) / error, 6)
+        assert difference.p == pytest.approx(raw[lr])
+        found_by_chance = stats.nct.cdf(stats.t.isf(0.05 / 3 / 2, 6), 6, difference.detectable / error)
+        assert found_by_chance == pytest.approx(0.2, abs=1e-4)
+    assert found[0.05].corrected_p == pytest.approx(3 * raw[0.05])
+    assert found[0.02].corrected_p == pytest.approx(2 * raw[0.02])
+    assert found[0.1].corrected_p == pytest.approx(max(raw[0.1], 2 * raw[0.02]))
+    assert [found[lr].verdict for lr in (0.02, 0.05, 0.1)] == ["significant", "significant", "not significant"]
+
+
+def test_a_group_is_compared_with_as_many_epochs_and_that_with_the_reference(make, tmp_path):
+    for seed in (0, 1):
+        make(88.5 + NOISE[seed], seed)
+        make(80 + NOISE[seed], seed, epochs=8, name="base")
+        make(82 + NOISE[seed], seed, epochs=8, lr=0.05)
+    [table] = compared(tmp_path)
+    base, faster, reference = group_of(table, epochs="8"), group_of(table, epochs="8", lr="0.05"), group_of(table)
+    assert faster.difference.points == pytest.approx(2)
+    assert faster.difference.compared_with == base.name
+    assert base.difference.points == pytest.approx(-8.5)
+    assert base.difference.compared_with == reference.name
+    assert reference.difference is None
+    # Between lengths each has its own standard deviation: that of the 8 epochs from two groups
+    variance = {8: statistics.variance([80.1, 79.8]), 80: statistics.variance([88.6, 88.3])}
+    assert base.difference.error == pytest.approx(math.sqrt(variance[8] / 2 + variance[80] / 2))
+
+
+def made_up(groups: list[tuple[int, np.ndarray]]) -> list[SettingGroup]:
+    """Groups of runs of these epochs and accuracies."""
+    run, made = read_run(REFERENCE), []
+    for number, (epochs, accuracies) in enumerate(groups):
+        record = {"config": {"epochs": epochs, "validation": 0}}
+        made.append(SettingGroup([dataclasses.replace(run, record=record, rows=[{"test_acc": accuracy}])
+                                  for accuracy in accuracies], {"lr": "0.1"} if number else {}))
+    return made
+
+
+def test_no_difference_is_seldom_called_significant():
+    """Where there is none, the level holds for all comparisons of a table together."""
+    rng, false_alarms = np.random.default_rng(0), 0
+    for _ in range(1000):
+        groups = made_up([(80, accuracies) for accuracies in rng.normal(87, 0.3, (8, 2))])
+        compare_groups(groups)
+        false_alarms += any(group.difference and group.difference.verdict == "significant" for group in groups)
+    assert 20 <= false_alarms <= 65
+
+
+def test_quiet_long_runs_make_no_short_ones_significant():
+    """Five-epoch runs vary more than 40-epoch ones. Pooled with eight such groups, a third of tables had a false alarm."""
+    rng, false_alarms, p_values = np.random.default_rng(0), 0, []
+    for _ in range(1000):
+        short = made_up([(5, accuracies) for accuracies in rng.normal(70, 0.9, (3, 2))])
+        groups = [*made_up([(40, accuracies) for accuracies in rng.normal(88, 0.2, (8, 2))]), *short]
+        compare_groups(groups)
+        found = [group.difference for group in short if group.difference]
+        p_values += [difference.p for difference in found]
+        false_alarms += any(difference.verdict == "significant" for difference in found)
+    assert len(p_values) == 2000
+    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015)
+    assert false_alarms <= 50
+
+
+def test_one_seed_each_says_that_it_is_unknown(make, tmp_path):
+    make(88, lr=0.05)
+    [table] = compared(tmp_path)
+    difference = group_of(table, lr="0.05").difference
+    assert difference.verdict == "unknown"
+    assert math.isnan(difference.error)
+    assert math.isnan(difference.detectable)
+    assert math.isnan(group_of(table, lr="0.05").standard_error)
+    assert "run more seeds (sweep --seeds 3)" in " ".join(as_text([table]).split())
+
+
+def test_a_group_whose_length_has_one_seed_leaves_the_others_judged(make, tmp_path):
+    for seed in range(3):
+        make(80 + NOISE[seed], seed, epochs=8)
+        make(85 + NOISE[seed], seed, epochs=8, lr=0.05)
+    [table] = compared(tmp_path)
+    assert group_of(table, epochs="8", lr="0.05").difference.verdict == "significant"
+    assert group_of(table, epochs="8").difference.verdict == "unknown"  # the reference has one seed
+
+
+def test_equal_accuracies_prove_nothing(make, tmp_path):
+    """Of a small test set, where the standard deviation over seeds comes out as 0."""
+    for seed in (0, 1):
+        make(80, seed, lr=0.05)
+        make(85, seed, lr=0.1)
+    [table] = compared(tmp_path)
+    assert group_of(table, lr="0.05").difference.verdict == "unknown"
+
+
+def test_with_validation_it_chooses_by_that(make, tmp_path):
+    for seed in (0, 1):
+        make(80 + NOISE[seed], seed, validation=5000, epochs=8)
+        make(82 + NOISE[seed], seed, validation=5000, epochs=8, lr=0.05)
+    table = compared(tmp_path)[1]
+    group = group_of(table, validation="5000", epochs="8", lr="0.05")
+    assert (table.metric, table.judged_by) == ("val_acc", "validation")
+    assert group.difference.points == pytest.approx(2)
+    assert group.difference.compared_with == group_of(table, validation="5000", epochs="8").name
+    assert "points of validation accuracy" in " ".join(as_text([table]).split())
+    assert re.search(r"lr 0\.05 +2 +82\.95 +81\.95 +\+2\.00", as_text([table]))
+
+
+# ---------------------------------------------------------------- python main.py compare
+
+def test_what_is_no_finished_run_is_named_and_left_out(make, tmp_path, command):
+    whole, damaged, unfinished, foreign, diverged, short = (make(88, lr=lr) for lr in (0.05, 0.1, 0.2, 0.3, 0.4, 0.5))
+    (damaged / ACCURACY_LOG).write_bytes(b"\xff\xfe")
+    for folder, mark in ((unfinished, "checkpoint.pt"), (diverged, ".diverged")):
+        (folder / SUMMARY).unlink()
+        (folder / mark).touch()
+    (foreign / CONFIG).write_text(json.dumps({"config": {"seed": 1}}))
+    edit(short, config={"epochs": 90})
+    (tmp_path / "runs" / "holiday").mkdir()
+    status, out, err = command("compare", "--log-dir", tmp_path)
+    assert (status, err) == (0, "")
+    left_out = [line for line in out.splitlines() if line.startswith("left out: ")]
+    assert len(left_out) == 6
+    for folder, words in ((damaged, "can't be read"), (unfinished, "is not finished"), (foreign, "no config.json"),
+                          (diverged, "diverged"), (short, "a finished run of 90 epochs"),
+                          (tmp_path / "runs" / "holiday", "no run of this program")):
+        assert any(folder.name in line and words in line for line in left_out)
+    assert re.search(r"^lr 0\.05 ", out, re.MULTILINE)
+    assert whole.name in (tmp_path / "experiments.csv").read_text()
+
+
+@pytest.mark.parametrize("damage", [
+    {"config": {"lr": ["0.1"]}}, {"config": {"seed": "0"}}, {"config": {"epochs": None}}, {"network": {"parameters": "many"}},
+    {"network": {"multiply_adds": None}}, {"dataset": {"kind": 5}}, {"dataset": {"train": "all"}},
+    {"dataset": {"class_names": "cats"}}])
+def test_wrong_types_in_one_run_end_no_comparison(make, tmp_path, command, damage):
+    folder = make(88, lr=0.05)
+    make(89, lr=0.1)
+    edit(folder, **damage)
+    status, out, _ = command("compare", "--log-dir", tmp_path)
+    assert status == 0
+    assert f"left out: {folder.name}: " in out
+    assert "lr 0.1" in out
+
+
+def test_what_a_record_says_reaches_the_terminal_escaped(make, tmp_path):
+    make(88, teacher="\x1b[31mred\n", network={"identity": "\x1b[2J\x1b[2J"})
+    reference = read_run(REFERENCE)
+    reference.record["network"]["identity"] = "f" * 16
+    tables = make_tables(read_finished(find_runs(tmp_path))[0], reference)
+    assert "teacher \\x1b[31mred\\n" in as_csv(tables)
+    assert all(character.isprintable() or character == "\n" for character in as_text(tables) + as_csv(tables))
+
+
+def test_named_runs_only_and_the_reference_with_them(make, tmp_path, command):
+    one, other = make(88, lr=0.05, name="one"), make(89, lr=0.1, name="other")
+    assert command("compare", one.name, "--log-dir", tmp_path)[0] == 0
+    csv = (tmp_path / "experiments.csv").read_text()
+    assert one.name in csv
+    assert read_run(REFERENCE).folder.name in csv
+    assert other.name not in csv
+    status, _, err = command("compare", "nothing", "--log-dir", tmp_path)
+    assert status == 2
+    assert "there is no run 'nothing'" in one_line(err)
+    (other / SUMMARY).unlink()
+    (other / "checkpoint.pt").touch()
+    status, _, err = command("compare", "other", "--log-dir", tmp_path)
+    assert status == 2
+    assert f"there is nothing to compare: {other.name} is not finished" in one_line(err)
+    status, _, err = command("compare", "--log-dir", tmp_path / "typo")
+    assert status == 2
+    assert "there is no folder" in one_line(err)
+    assert not (tmp_path / "typo").exists()
+
+
+def test_a_name_that_several_runs_have_stands_for_all_of_them(make, tmp_path, command):
+    for seed in range(2):
+        make(88, seed, lr=0.05, name="mine")
+    status, out, _ = command("compare", "mine", "--log-dir", tmp_path)
+    assert status == 0
+    assert re.search(r"^lr 0\.05 +2 ", out, re.MULTILINE)
+
+
+def test_the_picture_is_that_of_the_table_with_the_newest_run(make, tmp_path, command, monkeypatch):
+    from commands import compare
+
+    drawn = []
+    monkeypatch.setattr(compare, "draw_experiments", lambda table, path: drawn.append((table.dataset.split(",")[0], path)))
+    folder = {"sha256": "others", "kind": "folder"}
+    for dataset in ({}, folder, {}, folder):
+        make(88, len(drawn), lr=0.05 + 0.1 * len(drawn), dataset=dataset, stem=f"2026-0{9 - len(drawn)}-01_00-00-00")
+        command("compare", "--log-dir", tmp_path)
+    # the second is alone on its images, where there is nothing to draw
+    assert drawn == [(kind, tmp_path / "experiments.png") for kind in ("cifar10", "cifar10", "cifar10", "folder")]

@@ -1,0 +1,86 @@
+"""What compare prints and writes: 80 columns, best first, the judgement in words, CSV."""
+
+import csv
+import functools
+import io
+import re
+
+import pytest
+from made_up_runs import NOISE, compared, make_finished
+
+from experiments.report import as_csv, as_text
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(accuracy, seed, lr=0.1) -> the folder of a finished run in tmp_path/runs."""
+    return functools.partial(make_finished, tmp_path)
+
+
+@pytest.fixture
+def sweep(make):
+    """Three settings of eight epochs, three seeds each; one with a long label."""
+    for seed in range(3):
+        make(86 + NOISE[seed], seed, epochs=8, lr=0.1)
+        make(88 + NOISE[seed], seed, epochs=8, lr=0.1, nesterov=True)
+        make(87 + NOISE[seed], seed, epochs=8, lr=0.1, coarse_dropout_p=0.25, label_smoothing=0.1, weight_decay=0.001)
+
+
+def test_the_table_fits_80_columns_best_first(sweep, tmp_path):
+    [table] = compared(tmp_path)
+    text = as_text([table])
+    assert max(map(len, text.splitlines())) <= 80
+    lines = text.splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("settings"))
+    assert lines[header].split() == ["settings", "seeds", "test", "%", "difference", "detects", "verdict"]
+    assert re.fullmatch(r"reference +1 +88\.\d\d +-  +-", lines[header + 1])
+    assert re.fullmatch(r"nesterov True +3 +88\.00 +\+2\.00 ±0\.14 +0\.\d\d  significant", lines[header + 2])
+    assert re.fullmatch(r"coarse_dropout_p 0\.25, +3 +87\.00 +\+1\.00 ±0\.14 +0\.\d\d  significant", lines[header + 3])
+    assert lines[header + 4].startswith("  ")
+    assert re.search(r"^nothing else +3 +86\.00 +-2\.\d\d +-  unknown$", text, re.MULTILINE)
+
+
+def test_with_validation_it_fits_too(make, tmp_path):
+    for seed in range(2):
+        make(80 + NOISE[seed], seed, validation=5000, epochs=8)
+        make(12 + NOISE[seed], seed, validation=5000, epochs=8, weight_decay=0.0005, label_smoothing=0.1)
+    text = as_text(compared(tmp_path))
+    assert max(map(len, text.splitlines())) <= 80
+    assert re.search(r"^label_smoothing 0\.1 +2 +12\.95 +11\.95 +-68\.00 ±0\.21 +\d\.\d\d  significant$", text, re.MULTILINE)
+
+
+def test_what_all_groups_share_is_told_once(make, tmp_path):
+    for changes in ({}, {"nesterov": True}, {"momentum": 0.8}):
+        make(88, lr=0.05, epochs=8, **changes)
+    [table] = compared(tmp_path)
+    assert table.shared == {"epochs": "8", "lr": "0.05"}
+    assert {group.label for group in table.groups} == {"reference", "nothing else", "nesterov True", "momentum 0.8"}
+    text = " ".join(as_text([table]).split())
+    assert text.count("lr 0.05") == 1
+    assert "All differ from the reference in: epochs 8, lr 0.05. " in text
+    assert "epochs 8, lr 0.05, nesterov True" in as_csv([table])
+
+
+def test_how_it_was_judged_is_told_in_words(sweep, tmp_path, make):
+    text = " ".join(as_text(compared(tmp_path)).split())
+    assert "Standard deviation over seeds: 0.17 at 8 epochs." in text
+    assert "chance alone gives a table of 2 comparisons such a difference in at most 5% of cases" in text
+    assert "the smallest difference that so many seeds find in 80% of cases" in text
+    assert "noise" not in text
+    for seed in range(2):
+        make(60 + NOISE[seed], seed, epochs=1)
+    assert "0.21 at 1 epoch, 0.17 at 8 epochs" in " ".join(as_text(compared(tmp_path)).split())
+
+
+def test_the_csv_has_the_figures_unrounded(sweep, tmp_path):
+    rows = list(csv.DictReader(io.StringIO(as_csv(compared(tmp_path)))))
+    best = next(row for row in rows if row["differs"] == "epochs 8, lr 0.1, nesterov True")
+    assert (best["seeds"], best["count"]) == ("0 to 2", "3")
+    assert float(best["test_acc"]) == pytest.approx(88)
+    assert float(best["test_std"]) == pytest.approx(3 ** 0.5 / 10)
+    assert float(best["difference"]) == pytest.approx(2)
+    assert float(best["standard_error"]) == pytest.approx((0.03 * 2 / 3) ** 0.5)
+    assert 0 < float(best["p"]) < float(best["corrected_p"]) < 0.05
+    assert 0 < float(best["detectable"]) < 2
+    assert next(row for row in rows if row["run"] == "reference")["differs"] == "-"
+    assert [row["test_acc"] for row in rows] == sorted((row["test_acc"] for row in rows), reverse=True)

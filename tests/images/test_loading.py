@@ -1,0 +1,136 @@
+"""Which images a config gets; CIFAR-10, there or not."""
+
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import NO_NETWORK, ROOT, write_folder
+from test_dataset import assert_whole
+
+from config import Config, UserError
+from images.loading import is_demonstration, load_images, resolve_dataset
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """No network, and a working directory without data."""
+    for name, value in NO_NETWORK.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+
+# ---------------------------------------------------------------- without CIFAR-10
+
+@pytest.mark.usefixtures("offline")
+def test_without_data_and_network_cifar10_ends_with_one_error(tmp_path):
+    with pytest.raises(UserError, match=r"could not be downloaded .*--data-dir.*--dataset folder or --dataset synthetic"):
+        load_images("cifar10", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_data_and_network_auto_is_a_demonstration(tmp_path, capsys):
+    images = load_images("auto", Config.data_dir)
+    assert images.kind == "synthetic"
+    assert "could not be downloaded" in capsys.readouterr().err
+    assert is_demonstration(Config(), images)
+    assert not is_demonstration(Config(dataset="synthetic"), images)
+    resolved = resolve_dataset(Config(), images)
+    assert (resolved.dataset, resolved.epochs) == ("synthetic", 5)
+    assert resolve_dataset(Config(epochs=3), images).epochs == 3
+    assert resolve_dataset(Config(dataset="synthetic"), images).epochs == 80
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_named_folder_without_cifar10_is_an_error_not_a_demonstration(tmp_path):
+    for name in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError, match=r"CIFAR-10 is not in .* and could not be downloaded .*--dataset synthetic"):
+            load_images("auto", str(name))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_folder_of_images_is_recognized(tmp_path, monkeypatch, capsys):
+    root = write_folder(tmp_path / "data", 2, 1)
+    with pytest.raises(UserError, match=r"could not be downloaded .*: add --dataset folder"):
+        load_images("cifar10", str(root))
+    load_images("auto", "data")
+    assert "add --dataset folder" in capsys.readouterr().err
+    monkeypatch.setattr("images.loading.cifar10", lambda root: pytest.fail("170 MB were about to be downloaded into it"))
+    with pytest.raises(UserError, match=r"data holds train/<class>, not CIFAR-10: add --dataset folder"):
+        load_images("auto", str(root))
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "auto"])
+@pytest.mark.parametrize("inner", ["", "cifar-10-batches-py"])
+def test_a_damaged_batch_is_an_error_never_a_demonstration(tmp_path, dataset, inner):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    with pytest.raises(UserError, match="data_batch_1 is missing"):
+        load_images(dataset, str(tmp_path / inner))
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"cifar-10-batches-py.data_batch_1 is damaged"):
+        load_images(dataset, str(tmp_path / inner))
+
+
+@pytest.mark.usefixtures("offline")
+def test_leftovers_of_killed_downloads_are_removed_after_a_day(tmp_path):
+    old, young = tmp_path / ".download-old", tmp_path / ".download-young"
+    for folder in (old, young):
+        folder.mkdir()
+        (folder / "cifar-10-python.tar.gz").write_bytes(b"x")
+        os.utime(folder, (time.time() - 25 * 3600,) * 2)
+    os.utime(old / "cifar-10-python.tar.gz", (time.time() - 25 * 3600,) * 2)
+    with pytest.raises(UserError):
+        load_images("cifar10", str(tmp_path))
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_only_cifar10_needs_torchvision(tmp_path):
+    """A torchvision that doesn't match torch raises when it is imported."""
+    broken = tmp_path / "broken" / "torchvision"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    write_folder(tmp_path / "pictures", 2, 1)
+    code = f"""if True:
+        import sys; sys.path[:0] = [{str(tmp_path / "broken")!r}, {str(ROOT)!r}]
+        import batches.making
+        from config import UserError
+        from images.loading import load_images
+        print(len(load_images("folder", {str(tmp_path / "pictures")!r}).train), len(load_images("synthetic", "data").train))
+        try:
+            load_images("auto", {str(tmp_path)!r})
+        except UserError as error:
+            print(error)"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[0] == "6 5000"
+    assert "torchvision, which can't be imported (operator torchvision::nms does not exist)" in out[1]
+
+
+# ---------------------------------------------------------------- with CIFAR-10
+
+def test_the_real_cifar10(cifar10):
+    for data_dir in (cifar10, cifar10 / "cifar-10-batches-py"):
+        data = load_images("auto", str(data_dir))
+        assert_whole(data, 10)
+        assert (data.kind, len(data.train), len(data.test)) == ("cifar10", 50_000, 10_000)
+    assert data.class_names[3] == "cat"
+    mean, std = data.statistics()
+    assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # the figures that everybody prints
+    assert np.allclose(std, (0.2470, 0.2435, 0.2616), atol=1e-4)
+    assert np.bincount(data.hold_out(5000).validation.labels).tolist() == [500] * 10
+
+
+def test_a_flipped_byte_in_a_real_batch_is_named(cifar10, tmp_path):
+    target = tmp_path / "cifar-10-batches-py"
+    target.mkdir()
+    for file in (cifar10 / "cifar-10-batches-py").iterdir():
+        (target / file.name).symlink_to(file)
+    content = bytearray((cifar10 / "cifar-10-batches-py" / "data_batch_3").read_bytes())
+    content[1_000_000] ^= 1
+    (target / "data_batch_3").unlink()
+    (target / "data_batch_3").write_bytes(content)
+    with pytest.raises(UserError, match="data_batch_3 is damaged"):
+        load_images("cifar10", str(tmp_path))

@@ -1,0 +1,95 @@
+"""python main.py test: the figures, and the program around them."""
+
+import numpy as np
+import pytest
+import torch
+from learned_run import CHANCE, copy_learned_run
+from torch import nn
+
+from inference.evaluation import evaluate_predictions, expected_calibration_error, report_evaluation
+from runs.record import read_run
+
+
+def test_the_command_gives_the_figures_of_the_log(command, tmp_path):
+    folder = copy_learned_run(tmp_path)
+    status, out, err = command("test", folder.name, "--log-dir", tmp_path / "logs", "--device", "cpu")
+    assert (status, err) == (0, "")
+    last = read_run(folder).rows[-1]
+    assert last["test_acc"] > CHANCE + 15
+    assert f"accuracy {last['test_acc']:.2f} %, loss {last['test_loss']:.4f}, expected calibration error" in out
+    assert "60 test images of folder" in out
+    classes = [line.split() for line in out.splitlines() if line.startswith("  ")]
+    assert [words[0] for words in classes] == ["disc", "ring", "square"]
+    assert sum(float(words[1]) for words in classes) / 3 == pytest.approx(last["test_acc"], abs=0.01)  # as many of each
+    assert "mirrored" not in out
+    status, flipped, err = command("test", folder / "final.safetensors", "--flip", "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert flipped.startswith(out.rstrip("\n"))
+    assert "with each image also mirrored: accuracy" in flipped
+
+
+def test_best_weights_are_tested_on_the_test_images(command, tmp_path):
+    folder = copy_learned_run(tmp_path)
+    status, out, err = command("test", f"{folder.name}/best.safetensors", "--log-dir", tmp_path / "logs", "--device", "cpu")
+    assert (status, err) == (0, "")
+    assert "60 test images" in out
+
+
+def test_figures_by_hand():
+    logits = torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 3.0], [0.0, 1.0]])
+    evaluation = evaluate_predictions(logits, torch.tensor([0, 0, 1, 0]))
+    assert evaluation.accuracy == 75
+    assert evaluation.class_accuracies == [pytest.approx(200 / 3), 100]
+    assert evaluation.loss == pytest.approx((np.log(1 + np.exp(-2)) + np.log(1 + np.exp(-1)) + np.log(1 + np.exp(-3))
+                                             + np.log(1 + np.exp(1))) / 4)
+
+
+@pytest.mark.parametrize(("confidences", "correct", "expected"), [
+    ([0.9] * 10, [True] * 9 + [False], 0.0),                      # as sure as it may be
+    ([0.9] * 10, [True] * 5 + [False] * 5, 0.4),
+    ([0.61, 0.99], [True, False], 0.69),                          # (0.39 + 0.99) / 2: bins don't make up for one another
+    ([0.71, 0.79], [True, False], 0.54),                          # (0.29 + 0.79) / 2: 15 bins tell them apart, 10 don't
+    ([0.75, 0.8], [True, False], 0.275),                          # |0.25 - 0.8| / 2: a bin includes its upper end
+    ([0.8, 0.85], [True, False], 0.525),                          # (0.2 + 0.85) / 2: and not its lower one
+    ([0.99, 1.0], [True, False], 0.495),                          # |0.01 - 1| / 2: the last bin too
+    ([1.0, 1.0], [True, True], 0.0)])
+def test_the_calibration_error_by_hand(confidences, correct, expected):
+    probabilities = torch.tensor([[value, 1 - value] for value in confidences], dtype=torch.float64)
+    labels = torch.tensor([0 if each else 1 for each in correct])
+    assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
+
+
+class FixedBatches:
+    """Batches of one test set."""
+
+    def __init__(self, images, labels):
+        self.images, self.labels = images, labels
+
+    def in_order(self, split):
+        assert split == "test"
+        return iter([(self.images, self.labels)])
+
+
+class LeftOrRight(nn.Module):
+    """The mean of the left half, and of the right one."""
+
+    def forward(self, images):
+        return torch.stack([images[..., :16].mean((1, 2, 3)), images[..., 16:].mean((1, 2, 3))], 1)
+
+
+def halves() -> FixedBatches:
+    images = torch.zeros(4, 3, 32, 32)
+    images[:2, ..., :16] = 1
+    images[2:, ..., 16:] = 3
+    return FixedBatches(images, torch.tensor([0, 0, 1, 1]))
+
+
+def test_mirroring_averages_the_logits_of_both():
+    text = report_evaluation(LeftOrRight(), halves(), torch.device("cpu"), ("left", "right"), flip=True)
+    assert text.startswith("accuracy 100.00 %")
+    assert "mirrored: accuracy 50.00 %, loss 0.6931" in text  # both logits alike: the first class for all
+
+
+def test_names_of_classes_are_escaped():
+    text = report_evaluation(LeftOrRight(), halves(), torch.device("cpu"), ("a\x1b[31m\nb", "\udcff"), flip=False)
+    assert [line.split() for line in text.splitlines()[2:]] == [["a\\x1b[31m\\nb", "100.00", "%"], ["\\xff", "100.00", "%"]]

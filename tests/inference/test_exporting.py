@@ -1,0 +1,225 @@
+"""python main.py export: files that load elsewhere and give what the network gives."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, one_line
+from learned_run import CHANCE, copy_learned_run, learned_run, rewrite_metadata
+from torch import nn
+
+from config import UserError
+from images.dataset import Split
+from images.loading import load_images
+from inference import export
+from inference.classifier import Classifier
+from runs.weights import Weights, read_weights
+from training.dilated import use_fast_dilated_convs
+
+onnx = pytest.importorskip("onnx", reason="requirements-test.txt is not installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-test.txt is not installed")
+
+
+@pytest.fixture
+def exported(command, tmp_path):
+    """Export the run that has learned: exported("onnx") -> (status, stdout, stderr, path)."""
+    folder = copy_learned_run(tmp_path)
+
+    def run(to: str, *line: object):
+        return *command("export", "--to", to, folder, *line), folder / f"model{export.EXPORT_SUFFIXES[to]}"
+
+    return run
+
+
+def pictures_of(split: str) -> Split:
+    """The images of the run that has learned."""
+    return getattr(load_images("folder", str(learned_run() / "pictures")).hold_out(30), split)
+
+
+def network_logits(weights: Weights, images: np.ndarray) -> np.ndarray:
+    """What the trained network itself gives."""
+    with torch.no_grad():
+        return Classifier(weights.build_net(), weights.mean, weights.std)(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("to", ["onnx", "torch"])
+def test_an_exported_network_is_the_network(exported, to):
+    status, out, err, path = exported(to)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{path}: {path.stat().st_size:,} bytes\naccuracy ")
+    assert str(ROOT).encode() not in path.read_bytes()
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        (image,), (logits,) = session.get_inputs(), session.get_outputs()
+        assert (image.name, image.type, image.shape[1:]) == ("image", "tensor(uint8)", [32, 32, 3])
+        assert (logits.name, logits.type) == ("logits", "tensor(float)")
+        assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["disc", "ring", "square"]
+        onnx.checker.check_model(path)
+        operators = [node.op_type for node in onnx.load(path).graph.node]
+        assert "BatchNormalization" not in operators
+        assert operators.count("Conv") == 18
+
+        def run(images):
+            return session.run(None, {"image": images})[0]
+    else:
+        extra = {"class_names.json": ""}
+        program = torch.export.load(path, extra_files=extra)
+        assert json.loads(extra["class_names.json"]) == ["disc", "ring", "square"]
+        assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+
+        def run(images):
+            return program.module()(torch.from_numpy(images)).detach().numpy()
+    test = pictures_of("test")
+    if to == "onnx":  # the README's lines
+        lines = next(block for block in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+                     if "onnxruntime" in block).replace("model.onnx", str(path))
+        names = {"images": test.images}
+        exec(lines, names)
+        np.testing.assert_array_equal(names["logits"], run(test.images))
+    expected = network_logits(read_weights(path.with_name("final.safetensors")), test.images)
+    assert 100 * (expected.argmax(1) == test.labels).mean() > CHANCE + 15
+    for count in (1, 7, 60):
+        found = run(test.images[:count])
+        assert found.shape == (count, 3)
+        np.testing.assert_allclose(found, expected[:count], atol=1e-4)
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+def test_int8_holds_weights_of_8_bits_and_is_near(exported, monkeypatch):
+    calibrated_on, as_int8 = [], export.as_int8
+    monkeypatch.setattr(export, "as_int8", lambda model, images: calibrated_on.append(images) or as_int8(model, images))
+    monkeypatch.setattr(export, "INT8_TOLERANCE", 5.0)  # of 60 images; test_what_is_not_near_enough_is_refused has the limit
+    status, out, err, path = exported("int8")
+    assert (status, err) == (0, "")
+    assert "accuracy" in out
+    (images,) = calibrated_on
+    assert np.array_equal(images, export.calibration_images(pictures_of("train"), 1000))
+    graph = onnx.load(path).graph
+    sizes = {each.name: np.prod(each.dims) for each in graph.initializer if each.data_type == onnx.TensorProto.INT8}
+    assert sum(sizes.values()) > 140_000
+    assert {node.op_type for node in graph.node} >= {"QuantizeLinear", "DequantizeLinear", "Conv"}
+    session = onnxruntime.InferenceSession(path)
+    assert session.get_inputs()[0].type == "tensor(uint8)"
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == ["disc", "ring", "square"]
+    test = pictures_of("test")
+    expected = network_logits(read_weights(path.with_name("final.safetensors")), test.images)
+    found = session.run(None, {"image": test.images})[0]
+    assert np.abs(found - expected).max() < 0.2 * np.abs(expected).max()
+    assert 100 * (found.argmax(1) == test.labels).mean() > CHANCE + 15
+    assert path.stat().st_size < 250_000
+
+
+def test_calibration_images_are_class_balanced():
+    train = pictures_of("train")
+    chosen = export.calibration_images(train, 12)
+    assert len(chosen) == 12
+    for label in range(3):
+        assert np.array_equal(chosen[4 * label:4 * label + 4], train.images[train.labels == label][:4])
+
+
+@pytest.mark.parametrize(("to", "shift", "wrong", "error"), [
+    ("int8", 1.0, 5, ""), ("int8", 0.0, 6, "int8 loses more than 0.5 points: accuracy 99.40 % on 1,000 test images"),
+    ("int8", np.nan, 0, "int8 loses more than"), ("onnx", 0.9e-4, 0, ""), ("torch", 0.9e-4, 0, ""),
+    ("onnx", 1.1e-4, 0, "the exported network is not the same"), ("torch", 1.1e-4, 0, "the exported network is not the same"),
+    ("onnx", np.nan, 0, "the exported network is not the same")])
+def test_what_is_not_near_enough_is_refused(to, shift, wrong, error):
+    """`shift` is added to all logits, and `wrong` images are given to another class."""
+    labels = np.arange(1000) % 4
+    logits = np.eye(4)[labels]
+    other = logits + shift
+    other[:wrong] = np.roll(other[:wrong], 1, axis=1)
+    if error:
+        with pytest.raises(UserError, match=error):
+            export.compare_logits(to, other, logits, labels)
+    else:
+        accuracy = f"accuracy {100 - wrong / 10:.2f} % on 1,000 test images, of the network itself 100.00 %"
+        assert export.compare_logits(to, other, logits, labels).startswith(accuracy)
+
+
+def test_a_file_that_was_refused_is_not_written(exported, monkeypatch):
+    monkeypatch.setattr(export, "fold", lambda classifier: classifier.requires_grad_(False).apply(
+        lambda module: module.weight.mul_(1.5) if isinstance(module, nn.Conv2d) else None))
+    status, out, err, path = exported("torch")
+    assert (status, out) == (2, "")
+    assert "the exported network is not the same" in one_line(err)
+    assert not path.exists()
+
+
+EDITED = """
+import torch
+from model import Net as OurNet
+from torch.nn import functional as F
+
+
+class Net(OurNet):
+    def forward(self, images):
+        {}
+"""
+CHOOSING = "return super().forward(images) if images.mean() > 0 else super().forward(-images)"
+WIDENING = "return super().forward(images.double().round().float() + F.adaptive_avg_pool2d(images, 3).sum())"
+DOUBTING = "return F.conv2d(super().forward(images)[:, :, None, None].double(), torch.ones(3, 3, 1, 1).double()).flatten(1)"
+
+
+@pytest.mark.parametrize(("edited", "to", "reason"), [
+    (CHOOSING, "onnx", "symbolically traced variables"), (CHOOSING, "torch", "symbolically traced variables"),
+    (CHOOSING, "int8", "symbolically traced variables"), (WIDENING, "onnx", "an adaptive average to more than one pixel"),
+    (DOUBTING, "onnx", "Could not find an implementation for Conv")],
+    ids=["choosing-onnx", "choosing-torch", "choosing-int8", "widening-onnx", "doubting-onnx"])
+def test_a_network_that_cannot_be_exported_is_named(exported, tmp_path, edited, to, reason):
+    (tmp_path / "edited.py").write_text(EDITED.format(edited))
+    rewrite_metadata(next((tmp_path / "logs" / "runs").iterdir()) / "final.safetensors", network=None)
+    status, out, err, path = exported(to, "--model", tmp_path / "edited.py")
+    assert (status, out) == (2, "")
+    assert "the network in model.py can't be exported" in one_line(err)
+    assert reason in err
+    assert "\x1b" not in err
+    assert not path.exists()
+
+
+def raise_from(error: Exception, cause: Exception):
+    raise error from cause
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (MemoryError(), "memory ran out"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out"),
+    (ImportError("libx.so: failed to map segment from shared object"), "memory ran out"),
+    (Exception("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : std::bad_alloc"), "memory ran out"),
+    (OSError(28, "No space left on device"), "No space left on device"),
+    (ImportError("no onnx"), "a package that --to torch needs can't be loaded (no onnx)"),
+    (ValueError("\x1b[31mred\nand more"), "the network in model.py can't be exported (red): undo")])
+def test_errors_of_the_exporters_say_what_is_wrong(exported, monkeypatch, error, words):
+    monkeypatch.setattr(export, "as_torch", lambda *arguments: raise_from(KeyError("the exporter's own"), error))
+    status, out, err, path = exported("torch")
+    assert (status, out) == (2, "")
+    assert words in one_line(err)
+    assert not path.exists()
+
+
+def test_a_full_disk_leaves_nothing(exported, monkeypatch):
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("commands.export.export_network", lambda *arguments: (b"content", ""))
+    monkeypatch.setattr("runs.files.os.fsync", full)
+    status, _, err, path = exported("torch")
+    assert status == 2
+    assert "model.pt2 could not be written (No space left on device): make room" in one_line(err)
+    assert not path.exists()
+    assert not list(path.parent.glob(".tmp-*"))
+
+
+def test_missing_packages_are_asked_for(exported, monkeypatch):
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else "there")
+    status, _, err, _ = exported("onnx")
+    assert status == 2
+    assert "--to onnx needs the package onnxscript: python -m pip install onnx onnxscript onnxruntime" in one_line(err)
+
+
+def test_folding_finds_a_fast_dilated_convolution_too():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3, padding=2, dilation=2, groups=3, bias=False), nn.BatchNorm2d(3)).eval()
+    use_fast_dilated_convs(net, torch.device("cpu"))
+    folded = export.fold(Classifier(net, (0.5,) * 3, (0.5,) * 3).eval())
+    assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())

@@ -1,0 +1,60 @@
+"""--tensorboard: event files with the figures of the log."""
+
+import sys
+
+import pytest
+from conftest import at_epoch, one_line, only_run, raising
+
+from runs.finding import find_runs
+from runs.record import read_run
+from runs.tensorboard import event_writer, write_events
+
+accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                  reason="requirements-test.txt is not installed")
+
+
+def scalars(folder) -> dict[str, list[tuple[int, float]]]:
+    found = accumulator.EventAccumulator(str(folder))
+    found.Reload()
+    return {name: [(each.step, each.value) for each in found.Scalars(name)] for name in found.Tags()["scalars"]}
+
+
+def test_event_files_hold_the_rows_also_of_a_resumed_run(run, tmp_path, monkeypatch):
+    at_epoch(monkeypatch, 2, raising(KeyboardInterrupt()))
+    assert run("--epochs", "3", "--validation", "9", "--tensorboard")[0] == 130
+    assert run("--resume")[0] == 0
+    rows = read_run(only_run(tmp_path)).rows
+    found = scalars(only_run(tmp_path))
+    assert set(found) == {"lr", "seconds", *(f"{figure}/{split}" for figure in ("loss", "accuracy")
+                                             for split in ("train", "val", "test"))}
+    assert found["accuracy/val"] == [(row["epoch"], pytest.approx(row["val_acc"], abs=0.005)) for row in rows]
+    assert found["loss/test"] == [(2, pytest.approx(rows[2]["test_loss"], abs=5e-5))]  # looked at once, at the end
+
+
+def test_an_epoch_that_is_repeated_after_a_crash_counts_once(tmp_path):
+    for first, value in ((0, 1.0), (1, 2.0)):
+        with event_writer(True, tmp_path, first) as writer:
+            for epoch in range(first, 3):
+                write_events(writer, {"epoch": epoch, "lr": value})
+    assert scalars(tmp_path) == {"lr": [(0, 1.0), (1, 2.0), (2, 2.0)]}
+
+
+def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, monkeypatch, capfd):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"), event_writer(True, tmp_path, 0) as writer:  # noqa: PT012
+        monkeypatch.setattr(writer._get_file_writer().event_writer._async_writer._writer, "write", full)
+        for epoch in range(3):
+            write_events(writer, {"epoch": epoch, "lr": 0.1})
+    assert capfd.readouterr().err == ""
+
+
+def test_without_the_package_one_line_says_so(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    status, _, err = run("--epochs", "1", "--tensorboard")
+    assert status == 2
+    assert "--tensorboard needs the package tensorboard: python -m pip install tensorboard" in one_line(err)
+    assert not find_runs(tmp_path / "logs")
+    assert run("--epochs", "1")[0] == 0
+    assert not list(only_run(tmp_path).glob("events*"))

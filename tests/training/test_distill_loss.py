@@ -1,0 +1,76 @@
+"""Distillation: the loss, and steps with it."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from training.capture import CapturedStep
+from training.distillation import Distillation
+from training.step import TrainStep
+
+CPU = torch.device("cpu")
+
+
+def network(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, 4))
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(16, 3, 8, 8, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+
+
+def softened(logits: torch.Tensor, temperature: float) -> np.ndarray:
+    powers = np.exp(logits.detach().numpy().astype(float) / temperature)
+    return powers / powers.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.9, 4.0), (0.3, 1.0)])
+def test_the_loss_is_hintons(batch, weight, temperature):
+    images, labels = batch
+    net, logits = network(0), network(1)(images)
+    loss = F.cross_entropy(logits, labels)
+    found = Distillation(net, weight, temperature).loss(loss, logits, images)
+    teacher, student = softened(net(images), temperature), softened(logits, temperature)
+    divergence = (teacher * np.log(teacher / student)).sum(1).mean()
+    assert found.item() == pytest.approx((1 - weight) * loss.item() + weight * temperature**2 * divergence, rel=1e-5)
+
+
+def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it(batch):
+    images, labels = batch
+    net = network(0).eval()
+    logits = net(images)
+    found = Distillation(copy.deepcopy(net), 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
+    assert found.item() == pytest.approx(0, abs=1e-5)
+    found.backward()
+    assert all(parameter.grad.abs().max() < 1e-5 for parameter in net.parameters())
+
+
+def test_a_step_leaves_the_teacher_unchanged(batch):
+    distillation = Distillation(network(0), 0.9, 4.0)
+    before, net = copy.deepcopy(distillation.teacher.state_dict()), network(1).train()
+    TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.5), CPU, 0.0, distillation)(*batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in distillation.teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in distillation.teacher.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_captured_step_distills_too(batch, device):
+    place, nets = torch.device(device), []
+    for wrap in (lambda step: step, CapturedStep):
+        net = network(1).train().to(place)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, fused=device == "cuda")
+        step = wrap(TrainStep(net, optimizer, place, 0.0, Distillation(network(0).to(place), 0.9, 4.0)))
+        for _ in range(3):
+            step(*(each.to(place) for each in batch))
+        nets.append(net)
+    assert step.possible
+    for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2 if device == "cuda" else 1e-6)  # bfloat16 there

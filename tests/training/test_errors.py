@@ -1,0 +1,73 @@
+"""Signals, exhausted memory and dead workers become one-line errors; bugs do not."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from config import UserError
+from training.errors import StopRequested, as_user_errors, stop_on_signals
+
+HANGUP = getattr(signal, "SIGHUP", None)
+SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory ran out: .*--batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "^memory ran out"),
+    (RuntimeError("CUDA error: out of memory"), "^memory ran out"),
+    (MemoryError(), "^memory ran out"),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "^memory ran out"),
+    (RuntimeError("unable to write to shared memory"), "shared memory ran out: use --workers 0"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a worker process was killed"),
+    (RuntimeError("received 0 items of ancdata"), "a worker process was killed"),
+    (EOFError(), "a worker process was killed"), (ConnectionResetError(), "a worker process was killed")])
+def test_exhausted_memory_and_dead_workers_are_one_line(error, message):
+    with pytest.raises(UserError, match=message) as caught, as_user_errors():
+        raise error
+    assert caught.value.__cause__ is error
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("shapes differ"), ImportError("no module named x"), ValueError("out of memory"),
+                                 ZeroDivisionError(), OSError(28, "No space left")])
+def test_bugs_pass_unchanged(bug):
+    with pytest.raises(type(bug)) as caught, as_user_errors():
+        raise bug
+    assert caught.value is bug
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_stops_and_the_second_would_end_the_process(number):
+    before, after_first = signal.getsignal(number), []
+
+    def body():
+        try:
+            signal.raise_signal(number)
+        finally:
+            after_first.append(signal.getsignal(number))
+
+    with pytest.raises(StopRequested) as caught, stop_on_signals():
+        body()
+    assert after_first == [signal.SIG_DFL]
+    assert (caught.value.signal, caught.value.status) == (number, 128 + number)
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.skipif(HANGUP is None, reason="no SIGHUP here")
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_errors_are_shown_before_torch_is_loaded():
+    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -1,0 +1,187 @@
+"""On CUDA an epoch and a test wait for nothing, mix no devices, run in bfloat16, and launch no more than they need. Without a
+GPU: see fake_cuda.py."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda
+from tqdm import tqdm
+
+from batches import device_batches
+from batches.device_batches import DeviceBatches
+from batches.policy import test_policy as normalization
+from batches.policy import train_policy
+from config import Config
+from images.dataset import Split
+from model import Net
+from training import capture
+from training.capture import CapturedStep, make_step
+from training.distillation import Distillation
+from training.epoch import check_output, evaluate, predict, train_epoch
+from training.metrics import Metrics
+
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),
+    pytest.mark.filterwarnings("ignore"),  # of autocast and cuDNN, which miss their driver
+]
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs(monkeypatch):
+    """A recorded step runs as its eager twin."""
+    monkeypatch.setattr(capture, "_graph", capture._eager_twin)
+    monkeypatch.setattr(capture, "_warm_up", lambda run, times, device: [run() for _ in range(times)])
+
+
+def fake_step(config: Config, distill: bool = False):
+    net = to_fake_cuda(Net())
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    distillation = Distillation(to_fake_cuda(Net(width=2)), 0.9, 4.0) if distill else None
+    return make_step(net, optimizer, CUDA, config, distillation)
+
+
+def fake_batches(config: Config, train: int = 208, test: int = 50) -> DeviceBatches:
+    splits = {name: Split(np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64))
+              for name, count in (("train", train), ("test", test))}
+    policies = {"train": train_policy(config, MEAN, STD), "test": normalization(MEAN, STD)}
+    return DeviceBatches(splits, policies, config.batch_size, 0, CUDA)
+
+
+def run_epoch(step, batches: DeviceBatches, epoch: int = 0) -> None:
+    with tqdm(disable=True) as bar:
+        train_epoch(step, batches.shuffled("train", epoch), lambda images: 0.1 / (1 + images), bar)
+
+
+@pytest.mark.parametrize("captured", ["on", "off"])
+@pytest.mark.parametrize("distill", [False, True])
+def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distill):
+    config = Config(batches="device", capture=captured, crop_padding=2)
+    with fake_cuda() as reads, Launches() as launches:
+        step, batches = fake_step(config, distill), fake_batches(config)
+        run_epoch(step, batches)
+        checks = [(len(list(capture.step_state(step.step))), 2)] * 2 if captured == "on" else []  # full and short batches
+        assert reads == [*checks, (2,)]  # the epoch's metrics
+        evaluate(step.net, batches.in_order("test"), CUDA)
+        assert reads == [*checks, (2,), (2,)]
+        logits, labels = predict(step.net, batches.in_order("test"), CUDA)
+    assert (logits.device, logits.dtype, labels.device) == (CUDA, torch.float32, CUDA)
+    assert launches.waits == []
+    assert set(launches.mixed) <= {"_to_copy"}  # images, labels, the epoch's order and random numbers, on their way there
+    assert launches.kernels["native_batch_norm"] > 0  # what bfloat16 has; float32 has cuDNN's
+    assert launches.kernels["cudnn_batch_norm"] == 0
+    if captured == "on":
+        assert step.possible, step.note
+        assert len(step.recorded) == 2
+
+
+def test_the_loss_is_computed_in_float32():
+    config = Config(batches="device", capture="off")
+    with fake_cuda(), mock.patch.object(Metrics, "add") as add:
+        run_epoch(fake_step(config), fake_batches(config))
+    loss, logits, _ = add.call_args.args
+    assert (loss.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():
+    config = Config(batches="device")
+    with fake_cuda(bfloat16=False), Launches() as launches, mock.patch.object(Metrics, "add") as add:
+        step, batches = fake_step(config), fake_batches(config)
+        seen = []
+        step.net.input_block[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+        run_epoch(step, batches)
+        evaluate(step.net, batches.in_order("test"), CUDA)
+    assert isinstance(step, CapturedStep)
+    assert step.possible, step.note
+    assert all(images.is_contiguous() and images.dtype == torch.float32 for images in seen)
+    assert all(parameter.is_contiguous() for parameter in step.net.parameters())
+    assert add.call_args.args[1].dtype == torch.float32
+    assert launches.kernels["cudnn_batch_norm"] > 0
+    assert launches.waits == []
+
+
+def test_the_check_of_a_networks_output_runs_there_too():
+    with fake_cuda() as reads, Launches() as launches:
+        check_output(to_fake_cuda(Net()), 10, CUDA)
+    assert (reads, launches.waits, launches.mixed) == ([], [], [])
+
+
+@pytest.mark.parametrize("capture", ["on", "off"])
+def test_cudnn_searches_for_full_batches_only(capture, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    config, searched = Config(batches="device", capture=capture), set()
+    with fake_cuda():
+        step, batches = fake_step(config), fake_batches(config)
+        step.net.register_forward_pre_hook(
+            lambda net, inputs: searched.add((len(inputs[0]), torch.backends.cudnn.benchmark)))
+        run_epoch(step, batches)
+        evaluate(step.net, batches.in_order("test"), CUDA)
+    assert searched == {(128, True), (80, False), (50, False)}
+
+
+# ---------------------------------------------------------------- how much is launched
+
+def test_a_step_launches_no_more_than_it_needs():
+    config = Config(batches="device", capture="off")
+    with fake_cuda():
+        step = fake_step(config)
+        images = torch.empty(128, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
+        labels = torch.empty(128, dtype=torch.long, device=CUDA)
+        step(images, labels)  # which makes the momentum
+        with Launches() as launches:
+            step(images, labels)
+    kernels, megabytes = launches.total
+    assert launches.kernels["convolution"] == 18
+    assert launches.kernels["_foreach_add_"] == 2  # the optimizer's one kernel, and all counts of batches in one
+    assert launches.kernels["add_"] == 1  # the metrics; no count of batches by itself
+    assert kernels <= 185, launches.kernels  # 175
+    assert megabytes <= 600, launches.bytes  # 588
+
+
+def test_a_test_launches_no_more_than_it_needs_and_unpacks_its_images_once():
+    config = Config(batches="device", capture="off")
+    with fake_cuda():
+        net, batches = to_fake_cuda(Net()), fake_batches(config, test=10_000)
+        with Launches() as first:
+            evaluate(net, batches.in_order("test"), CUDA)
+        with Launches() as second:
+            evaluate(net, batches.in_order("test"), CUDA)
+    assert second.kernels["index_select"] == 0
+    assert "_to_copy" not in second.mixed  # nothing comes from the host
+    assert second.total[0] <= 250, second.kernels  # 241, for four batches
+    assert second.total[1] <= 18_700, second.bytes  # 18,369
+    assert first.total[0] - second.total[0] <= 100, first.kernels - second.kernels  # 86
+
+
+@pytest.mark.parametrize(("changes", "kernels", "megabytes"), [
+    ({}, 1_930, 58_000), ({"affine_p": 0.0, "coarse_dropout_p": 0.0, "crop_padding": 2}, 870, 22_500)])  # 1,895 and 832
+def test_an_epochs_augmentation_launches_no_more_than_it_needs(changes, kernels, megabytes):
+    config = Config(batches="device", **changes)
+    with fake_cuda():
+        batches = fake_batches(config, train=50_000)
+        with Launches() as launches:
+            for _ in batches.shuffled("train", 0):
+                pass
+    assert launches.total[0] <= kernels, launches.kernels
+    assert launches.total[1] <= megabytes, launches.bytes
+    assert launches.waits == []
+
+
+def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
+    drawn, config = [], Config(batches="device")
+    stream = device_batches.random_stream
+    monkeypatch.setattr(device_batches, "random_stream", lambda *key: drawn.append(key[2]) or stream(*key))
+    with fake_cuda():
+        batches = fake_batches(config)
+        for _ in batches.shuffled("train", 0):
+            assert drawn == [0, 0]  # order and augmentation
+        assert drawn == [0, 0, 1, 1]
+        del drawn[:]
+        for _ in batches.shuffled("train", 1):
+            assert drawn == []
+        assert drawn == [2, 2]
+        del drawn[:]
+        next(iter(batches.shuffled("train", 5)))  # resumed elsewhere
+        assert drawn == [5, 5]

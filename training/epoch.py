@@ -1,0 +1,77 @@
+"""Train one epoch; evaluate a network once."""
+
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from config import UserError
+from images.dataset import SIDE
+from training.machine import cudnn_search, memory_format
+from training.metrics import Result
+from training.schedule import set_learning_rate
+from training.step import Step, autocast
+
+BatchStream = Iterable[tuple[Tensor, Tensor]]  # images float32 N x 3 x H x W, labels int64 N
+
+
+def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int], float], bar: tqdm) -> Result:
+    """Train on each batch, with the network in training mode. `learning_rate` is given the number of images that this epoch
+    has trained on so far. Returns the mean loss and the accuracy of the epoch. Raises Diverged when the loss is not finite."""
+    step.net.train()
+    metrics, shown = step.metrics, time.monotonic()
+    metrics.reset()
+    for images, labels in batches:
+        set_learning_rate(step.optimizer, learning_rate(metrics.images))
+        step(*_to_device(images, labels, step.device))
+        step.first_done = step.first_done or time.perf_counter()
+        metrics.images += len(labels)
+        bar.update(len(labels))
+        if time.monotonic() - shown > 1:
+            shown = time.monotonic()
+            latest = metrics.latest()
+            if latest is not None:
+                bar.set_postfix_str(f"loss {latest.checked().loss:.4f}, accuracy {latest.accuracy:.2f} %", refresh=False)
+    return metrics.result().checked()
+
+
+def evaluate(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
+    """Cross-entropy and accuracy of the network in evaluation mode. Raises Diverged when the loss is not finite."""
+    logits, labels = predict(net, batches, device)
+    sums = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum().float()))
+    loss, correct = sums.tolist()  # one copy from the device
+    return Result(loss, 100 * correct / len(labels)).checked()
+
+
+@torch.no_grad()
+def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The network's logits, float32 N x classes, and the labels, int64 N, of all batches, on the device."""
+    net.eval()
+    precision, outputs = autocast(device), []
+    for images, labels in batches:
+        images, labels = _to_device(images, labels, device)
+        with precision, cudnn_search(False):
+            outputs.append((net(images).float(), labels))
+    return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
+
+
+@torch.no_grad()
+def check_output(net: nn.Module, num_classes: int, device: torch.device) -> None:
+    """Raise UserError unless the network turns N images into N x num_classes logits. Leaves it in evaluation mode."""
+    images = torch.zeros(2, 3, SIDE, SIDE, device=device).to(memory_format=memory_format(device))
+    with autocast(device), cudnn_search(False):
+        output = net.eval()(images)
+    found = " x ".join(map(str, output.shape)) if isinstance(output, Tensor) else type(output).__name__
+    wanted = f"{len(images)} x {num_classes}"
+    if found != wanted:
+        raise UserError(f"the network returns {found} for {len(images)} images, but must return {wanted}, a logit for each "
+                        "class: see forward() in model.py")
+
+
+def _to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    pinned = device.type == "cuda"  # so the copy needn't be waited for
+    return (images.to(device, non_blocking=pinned, memory_format=memory_format(device)),
+            labels.to(device, non_blocking=pinned))

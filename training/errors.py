@@ -1,0 +1,80 @@
+"""Signals, exhausted memory and dead workers as one-line errors."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from config import UserError
+
+FREE_MEMORY = "free some that other programs hold; to train with less, start a new run with a smaller --batch-size"
+WORKER_KILLED = "a worker process was killed, most likely because memory ran out: lower --workers"
+STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+class Diverged(UserError):
+    """The loss is no longer a finite number."""
+
+
+class StopRequested(BaseException):
+    """SIGINT, SIGTERM or SIGHUP asked the program to end. Like KeyboardInterrupt, not an Exception, so that nothing swallows
+    it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+        self.status = 128 + number
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[None]:
+    """Raise StopRequested in the body at the first SIGINT, SIGTERM or SIGHUP. A second one ends the process at once."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+        raise StopRequested(number)
+
+    # nohup has SIGHUP ignored, and it must stay so
+    before = {each: signal.getsignal(each) for each in STOP_SIGNALS
+              if each.name != "SIGHUP" or signal.getsignal(each) is not signal.SIG_IGN}
+    try:
+        for each in before:
+            signal.signal(each, stop)
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@contextmanager
+def as_user_errors() -> Iterator[None]:
+    """Raise UserError in place of what exhausted memory or a killed worker raises in the body. Bugs pass unchanged."""
+    try:
+        yield
+    except (EOFError, ConnectionError, MemoryError, RuntimeError, ImportError) as error:
+        message = _user_message(error)
+        if message is None:
+            raise
+        user_error = UserError(message)
+        for note in getattr(error, "__notes__", []):  # what is safe, how to resume
+            user_error.add_note(note)
+        raise user_error from error
+
+
+def _user_message(error: Exception) -> str | None:
+    """The line for the user. PyTorch has few classes of its own for these errors, so most are known by their text."""
+    text = str(error)
+    if isinstance(error, EOFError | ConnectionError):  # a worker's batch was on its way
+        return WORKER_KILLED
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported, because errors are shown before torch is loaded
+        return f"the GPU's memory ran out: {FREE_MEMORY}"
+    if isinstance(error, ImportError):
+        return f"memory ran out: {FREE_MEMORY}" if "failed to map segment" in text else None
+    if "shared memory" in text:
+        return "shared memory ran out: use --workers 0, or give the container more of it (--shm-size)"
+    if text.startswith("DataLoader worker (pid") or "ancdata" in text:
+        return WORKER_KILLED
+    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
+        return f"memory ran out: {FREE_MEMORY}"
+    return None

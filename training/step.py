@@ -1,0 +1,80 @@
+"""One training step: forward pass, loss, backward pass, optimizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.distillation import Distillation
+from training.machine import cudnn_search, has_bfloat16
+from training.metrics import Metrics
+
+
+class Step(Protocol):
+    """Trains on one batch: a TrainStep, or a CapturedStep."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    metrics: Metrics
+    note: str  # how steps run, for the log; "" where there is nothing to say. Complete after the first epoch
+    first_done: float | None  # time.perf_counter() when the first step returned
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
+
+
+class TrainStep:
+    """Trains on one batch and adds it to the metrics, without waiting for the device."""
+
+    def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
+                 label_smoothing: float, distillation: Distillation | None = None) -> None:
+        self.net, self.optimizer, self.device = net, optimizer, device
+        self.label_smoothing, self.distillation = label_smoothing, distillation
+        self.metrics, self.autocast = Metrics(device), autocast(device)
+        self.note = ""
+        self.first_done: float | None = None
+        self.full_batch = 0  # images of the first batch
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
+        self.full_batch = self.full_batch or len(images)
+        with cudnn_search(len(images) == self.full_batch):  # not for an epoch's short last batch
+            with self.autocast, counting_batches_together(self.net, self.device):
+                logits = self.net(images)
+                # on CUDA autocast would leave its softmax in bfloat16
+                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+                if self.distillation:
+                    loss = self.distillation.loss(loss, logits, images)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.metrics.add(loss, logits, labels)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on GPUs that have it in hardware. No cache: each weight is used once in a pass, and a cache would outlive a
+    capture."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_bfloat16(device), cache_enabled=False)
+
+
+@contextmanager
+def counting_batches_together(net: nn.Module, device: torch.device) -> Iterator[None]:
+    """On a GPU, count the batches of all BatchNorm layers in one kernel after the forward pass, instead of one kernel each.
+    Layers without a momentum average by the count, so they keep their own."""
+    modules = net.modules() if device.type == "cuda" else ()
+    counts = [(layer, layer.num_batches_tracked) for layer in modules if isinstance(layer, _BatchNorm) and layer.training
+              and layer.momentum is not None and layer.num_batches_tracked is not None]
+    for layer, _ in counts:
+        layer._buffers["num_batches_tracked"] = None  # then the layer doesn't count
+    try:
+        yield
+    finally:
+        for layer, count in counts:
+            layer._buffers["num_batches_tracked"] = count
+    if counts:
+        torch._foreach_add_([count for _, count in counts], 1)
