@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from analysis.receptive_field import convolutions
+from analysis.receptive_field import convolutions, in_mode
 
 SAME = {"FastDilatedConv2d": "Conv2d"}  # training/dilated.py: another way to compute the same
 
@@ -63,7 +62,7 @@ class _Tracer(fx.Tracer):
 
 def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
     """The operations of a forward pass, in order; each refers to earlier ones by their numbers."""
-    with _mode(net, training), torch.random.fork_rng(devices=[]):
+    with in_mode(net, training), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # a draw may decide which way the code goes
         graph = _Tracer().trace(net)
     numbers = {node: number for number, node in enumerate(graph.nodes)}
@@ -78,18 +77,6 @@ def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
         elif callable(operation):
             operation = operation.__name__
         yield [operation, _describe_value(node.args, numbers), _describe_value(node.kwargs, numbers)]
-
-
-@contextmanager
-def _mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Set the mode of every module, and restore it."""
-    before = {module: module.training for module in net.modules()}
-    net.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 def _describe_tensors(net: nn.Module) -> dict[str, list[Any]]:

@@ -1,5 +1,7 @@
 """Compute the receptive field and the multiply-adds of every convolution from a forward pass."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -71,18 +73,27 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
         if isinstance(module, nn.Conv2d):
             found.append(_describe(module, names[module], field, output))
 
-    training = {module: module.training for module in net.modules()}
     leaves = [module for module in net.modules() if not list(module.children())]
     hooks = [hook for leaf in leaves for hook in (leaf.register_forward_pre_hook(arrive), leaf.register_forward_hook(leave))]
     try:
-        with torch.no_grad():
-            net.eval()(images)
+        with in_mode(net, training=False), torch.no_grad():
+            net(images)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return found
+
+
+@contextmanager
+def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
+    """Set all modules of `net` to training or evaluation mode, and restore the mode of each."""
+    before = {module: module.training for module in net.modules()}
+    net.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
 
 
 def _state(value: object) -> tuple[int, int]:

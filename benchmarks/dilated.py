@@ -1,8 +1,8 @@
-"""What training/dilated.py gains on a CPU: the dilated convolution alone, and a whole step of training.
+"""What training/dilated.py gains on a CPU: for the dilated convolution alone, and for a whole training step.
 
     python benchmarks/dilated.py        prints, and writes benchmarks/results/dilated.txt
 
-Forwards and backwards, batch 128, one thread; both ways take turns, and medians are compared.
+Forward and backward pass, batch 128, one thread. The two take turns, and their medians are compared.
 """
 
 import copy
@@ -20,8 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402 (after the path is set)
 from model import Net  # noqa: E402
-from training.dilated import quicken  # noqa: E402
-from training.loop import TrainStep, describe, keep_freed_memory  # noqa: E402
+from training.dilated import use_fast_dilated_convs  # noqa: E402
+from training.machine import describe_device, keep_freed_memory  # noqa: E402
+from training.step import TrainStep  # noqa: E402
 
 CPU, BATCH, ROUNDS = torch.device("cpu"), 128, 30
 
@@ -42,28 +43,28 @@ def training_step(net: nn.Module) -> Callable[[], None]:
 
 
 def medians(ways: list[Callable[[], None]]) -> list[float]:
-    """Seconds of each way, which take turns; the first three rounds don't count."""
+    """Seconds of each way. They take turns; the first three rounds are warm-up."""
     seconds: list[list[float]] = [[] for _ in ways]
     for _ in range(ROUNDS + 3):
-        for way, found in zip(ways, seconds, strict=True):
+        for way, times in zip(ways, seconds, strict=True):
             started = time.perf_counter()
             way()
-            found.append(time.perf_counter() - started)
-    return [statistics.median(found[3:]) for found in seconds]
+            times.append(time.perf_counter() - started)
+    return [statistics.median(times[3:]) for times in seconds]
 
 
 def main() -> None:
     keep_freed_memory()
     torch.set_num_threads(1)
     plain = Net().to(memory_format=torch.channels_last)
-    quick = copy.deepcopy(plain)
-    quicken(quick, CPU)
-    lines = [f"Dilated convolution, {describe(CPU)}, one thread, medians of {ROUNDS} interleaved rounds", "",
-             f"{'forwards and backwards, ms':<30} {'PyTorch':>8} {'quick':>8} {'ratio':>6}"]
+    fast = copy.deepcopy(plain)
+    use_fast_dilated_convs(fast, CPU)
+    lines = [f"Dilated convolution, {describe_device(CPU)}, one thread, medians of {ROUNDS} interleaved rounds", "",
+             f"{'forward and backward, ms':<30} {'PyTorch':>8} {'fast':>8} {'ratio':>6}"]
     for name, make in (("the dilated convolution", lambda net: convolution_step(net.conv_block4[1][0])),
-                       ("a whole step of training", training_step)):
-        theirs, ours = medians([make(plain), make(quick)])
-        lines.append(f"{name:<30} {1e3 * theirs:8.1f} {1e3 * ours:8.1f} {theirs / ours:6.2f}")
+                       ("a whole training step", training_step)):
+        plain_seconds, fast_seconds = medians([make(plain), make(fast)])
+        lines.append(f"{name:<30} {1e3 * plain_seconds:8.1f} {1e3 * fast_seconds:8.1f} {plain_seconds / fast_seconds:6.2f}")
     text = "\n".join(lines) + "\n"
     print(text)
     (ROOT / "benchmarks" / "results" / "dilated.txt").write_text(text)

@@ -203,7 +203,7 @@ def picture(facts: dict[tuple[str, str], Facts], path: Path) -> None:
     """Accuracy against the latency of one image on one thread."""
     from matplotlib.figure import Figure
 
-    from runs.plots import BLUE, ORANGE
+    from runs.drawing import BLUE, ORANGE
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()

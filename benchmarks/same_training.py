@@ -17,14 +17,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from training.records import SUMMARY, Run, find_runs, read_run
+from runs.finding import find_runs
+from runs.record import SUMMARY, Run, read_run
 
 RESULTS = Path(__file__).parent / "results"
 PRINTED = "printed.txt"
 
 
 def trained(arguments: argparse.Namespace, way: str, flags: list[str], seed: int) -> Run:
-    """One run of main.py. Raises RuntimeError if its steps were to be captured, and were not."""
+    """One run of main.py. Raises RuntimeError where its steps should be captured and weren't."""
     logs = Path(arguments.log_dir) / f"{way}-{arguments.device}-{arguments.epochs}-{seed}"
     if not any((run / SUMMARY).exists() for run in find_runs(logs)):
         command = [sys.executable, str(Path(__file__).parents[1] / "main.py"), "--dataset", "cifar10", "--data-dir",
@@ -34,8 +35,8 @@ def trained(arguments: argparse.Namespace, way: str, flags: list[str], seed: int
         logs.mkdir(parents=True, exist_ok=True)
         with open(logs / PRINTED, "w") as printed:
             subprocess.run(command, check=True, stdout=printed)
-    if "captured" in (logs / PRINTED).read_text():  # a line that says why they were not
-        raise RuntimeError(f"steps ran uncaptured: see {logs / PRINTED}")
+    if "not captured" in (logs / PRINTED).read_text():
+        raise RuntimeError(f"steps were not captured: see {logs / PRINTED}")
     return next(read_run(run) for run in find_runs(logs) if (run / SUMMARY).exists())
 
 
@@ -51,9 +52,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("a spread needs at least 2 seeds")
-    ways = {"workers": ["--batches", "workers"], "device": ["--batches", "device"]}
+    ways = {"workers": ["--batches", "workers"], "device": ["--batches", "device", "--capture", "off"]}
     if arguments.device == "cuda":
-        ways["captured"] = ["--batches", "device", "--capture"]
+        ways["captured"] = ["--batches", "device", "--capture", "on"]
     runs: dict[str, list[Run]] = {way: [] for way in ways}
     for seed in range(arguments.seeds):
         for way, flags in ways.items():

@@ -22,9 +22,20 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+from tqdm import tqdm
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.others import WARM_UP, Measured, fast_public_style, timed, usual_script
+from benchmarks.program import make_program
+from config import Config
+from model import Net
+from training.capture import CapturedStep
+from training.epoch import evaluate, train_epoch
+from training.machine import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
@@ -35,43 +46,32 @@ FAST = "the fast public style"
 
 def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
     """main.py's own parts."""
-    import torch
-    from tqdm import tqdm
-
-    from config import Config
-    from model import Net
-    from training.capture import CapturedStep
-    from training.loop import test, train_epoch
-    from training.parts import build
-
     config = Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, **settings)  # type: ignore[arg-type]
-    parts = build(config, Net)
-    epochs = iter(range(100))
-    with closing(parts.batches()) as batches, tqdm(disable=True) as bar:
-        measured = timed(lambda each: train_epoch(parts.step, each, bar), lambda: batches.shuffled("train", next(epochs)),
-                         arguments.steps, parts.device)
-        measured["test"] = timed(lambda each: test(parts.net, each, parts.device), lambda: batches.in_order("test"),
-                                 10, parts.device)["train"]
-    if config.capture and not (isinstance(parts.step, CapturedStep) and parts.step.possible):
-        raise RuntimeError("steps ran uncaptured: why, is said above")
-    if parts.device.type == "cuda":
+    program = make_program(config)
+    step, batches, device, epochs = program.step, program.batches, program.device, iter(range(100))
+    with closing(batches), tqdm(disable=True) as bar:
+        measured = timed(lambda each: train_epoch(step, each, lambda images: config.lr, bar),
+                         lambda: batches.shuffled("train", next(epochs)), arguments.steps, device)
+        measured["test"] = timed(lambda each: evaluate(step.net, each, device), lambda: batches.in_order("test"),
+                                 10, device)["train"]
+    if config.capture == "on" and not (isinstance(step, CapturedStep) and step.possible):
+        raise RuntimeError(f"steps were not captured: {step.note}")
+    if device.type == "cuda":
         measured["memory"] = torch.cuda.max_memory_reserved()
     return measured
 
 
 def paths(cuda: bool) -> dict[str, Callable[[argparse.Namespace], Measured]]:
     """The rows of the table; the first is what the ratios are to."""
-    from training.loop import cores
-
     usual = 8 if cuda else 2
     rows: dict[str, Callable[[argparse.Namespace], Measured]] = {
-        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual, cores())}
+        f"the usual script, {usual} workers": lambda arguments: usual_script(arguments, usual, available_cores())}
     for workers in (2, 4, 8):
         rows[f"main.py, {workers} workers"] = lambda arguments, workers=workers: this_program(  # type: ignore[misc]
             arguments, batches="workers", workers=workers)
-    rows["main.py, device"] = lambda arguments: this_program(arguments, batches="device")
+    rows["main.py, device"] = lambda arguments: this_program(arguments, batches="device", capture="off")
     if cuda:
-        rows["main.py, device, captured"] = lambda arguments: this_program(arguments, batches="device", capture=True)
+        rows["main.py, device, captured"] = lambda arguments: this_program(arguments, batches="device", capture="on")
         rows[FAST] = fast_public_style
     return rows
 
@@ -91,11 +91,6 @@ def traffic() -> int:
     With everything fused that batch statistics allow, a convolution's output is written and read once forwards; backwards
     it is read once, its gradient written and read once; and where BatchNorm follows, both are read once more for its sums.
     """
-    import torch
-    from torch import nn
-
-    from model import Net
-
     net, moved = Net().eval(), 0
     layers = [layer for layer in net.modules() if not list(layer.children())]
 
@@ -113,8 +108,6 @@ def traffic() -> int:
 
 def fastest(run: Callable[[], object], times: int, device: str) -> float:
     """Seconds of one call, the best of five rounds of `times`."""
-    import torch
-
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
@@ -128,8 +121,6 @@ def fastest(run: Callable[[], object], times: int, device: str) -> float:
 
 def floor(device: str, kernels: int) -> list[str]:
     """The least time of an epoch's memory traffic, and of the launches of an eager step's `kernels`."""
-    import torch
-
     block = torch.ones(2**26 if device == "cpu" else 2**28, device=device)
     other = torch.empty_like(block)
     bandwidth = 2 * block.numel() * 4 / fastest(lambda: other.copy_(block), 3, device)
@@ -145,24 +136,18 @@ def floor(device: str, kernels: int) -> list[str]:
 
 def profile(arguments: argparse.Namespace) -> tuple[str, int]:
     """Where the time of a step goes, by kind of operation, on the device path; and the kernels of a step on a GPU."""
-    import torch
-    from torch.profiler import ProfilerActivity
-
-    from config import Config
-    from model import Net
-    from training.parts import build
-
-    parts = build(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device"), Net)
-    on_gpu = parts.device.type == "cuda"
+    program = make_program(Config(dataset="cifar10", data_dir=arguments.data_dir, device=arguments.device, batches="device",
+                                  capture="off"))
+    step, on_gpu = program.step, program.device.type == "cuda"
     steps = 100 if on_gpu else 10  # on a GPU with batches that are augmented many at once
-    batches = iter(parts.batches().shuffled("train", 0))
-    parts.net.train()
+    batches = iter(program.batches.shuffled("train", 0))
+    step.net.train()
     for batch in islice(batches, WARM_UP):
-        parts.step(*batch)
+        step(*batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with torch.profiler.profile(activities=activities) as profiler:
         for batch in islice(batches, steps):
-            parts.step(*batch)
+            step(*batch)
     events = list(profiler.key_averages())
     if on_gpu:  # the kernels themselves: operations contain them
         events = [event for event in events if event.device_type.name == "CUDA" and not event.is_user_annotation]
@@ -175,8 +160,6 @@ def profile(arguments: argparse.Namespace) -> tuple[str, int]:
 
 
 def machine(device: str) -> str:
-    import torch
-
     if device != "cpu":
         return torch.cuda.get_device_name()
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
@@ -211,8 +194,6 @@ def peak_memory(arguments: argparse.Namespace, batches: str) -> float:
 
 
 def main() -> None:
-    import torch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -24,7 +24,7 @@ def as_text(tables: Sequence[Table]) -> str:
 def _aligned(table: Table) -> list[str]:
     """The lines of a table; a label that is too long goes on in the next line."""
     accuracies = ["val_acc", "test_acc"] if table.metric == "val_acc" else ["test_acc"]
-    header = ["seeds", *("val %" if name == "val_acc" else "test %" for name in accuracies), "difference", "detects", "verdict"]
+    header = ["seeds", *(name.removesuffix("_acc") for name in accuracies), "difference", "detects", "verdict"]
     rows = [header, *(_cells(group, accuracies) for group in table.groups)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     room = WIDTH - sum(widths) - 2 * len(widths)
@@ -32,10 +32,16 @@ def _aligned(table: Table) -> list[str]:
     label_width = min(room, max(map(len, labels)))
     lines = []
     for label, row in zip(labels, rows, strict=True):
-        first, *others = textwrap.wrap(label, label_width, subsequent_indent="  ")
+        first, *others = _wrapped(label, label_width)
         cells = [cell.rjust(width) for cell, width in zip(row[:-1], widths, strict=False)]
         lines += ["  ".join([first.ljust(label_width), *cells, row[-1]]).rstrip(), *others]
     return lines
+
+
+def _wrapped(label: str, width: int) -> list[str]:
+    """The lines of a label. A setting and its value stay in one line if they fit."""
+    parts = [part.replace(" ", "\u00a0") if len(part) + 2 <= width else part for part in label.split(", ")]
+    return [line.replace("\u00a0", " ") for line in textwrap.wrap(", ".join(parts), width, subsequent_indent=" ")]
 
 
 def _cells(group: SettingGroup, accuracies: Sequence[str]) -> list[str]:
@@ -58,19 +64,19 @@ def _judgement(table: Table) -> list[str]:
     parts = []
     if table.shared:
         parts.append(f"All differ from the reference in: {_listed(table.shared)}.")
-    parts.append(f"Difference: points of {table.judged_by} accuracy, ± standard error, from the settings with as many epochs "
-                 "that differ least from the reference; of those, from the reference.")
+    parts.append(f"Differences are in points of {table.judged_by} accuracy, ± standard error, from the row with as many epochs "
+                 "that differs least from the reference (that row's: from the reference).")
     known = [f"{std.value:.2f} at {_plural(epochs, 'epoch')}" for epochs, std in sorted(table.stds.items())
              if std.dof and std.value]
     if known:
         parts.append(f"Standard deviation over seeds: {', '.join(known)}.")
     tested = sum(difference.verdict != "unknown" for difference in judged)
     if tested:
-        parts.append(f"Significant: chance alone gives a table of {_plural(tested, 'comparison')} such a difference in at most "
-                     f"{LEVEL:.0%} of cases. Detects: the smallest difference that so many seeds find in {POWER:.0%} of cases. "
-                     "Not significant is no proof that there is none: to see smaller ones, run more seeds.")
+        parts.append(f"Where there is no difference, chance alone makes any significant in at most {LEVEL:.0%} of tables. "
+                     f"\"Detects\" is the smallest difference that so many seeds find in {POWER:.0%} of cases: not significant "
+                     "is no proof of none, and more seeds find smaller ones.")
     if tested < len(judged):
-        parts.append("Unknown: this needs several seeds, and accuracies that differ: run more seeds (sweep --seeds 3).")
+        parts.append("Unknown: run more seeds (sweep --seeds 3); their accuracies must differ, too.")
     return textwrap.wrap(" ".join(parts), WIDTH)
 
 

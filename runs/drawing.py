@@ -47,7 +47,7 @@ def save(figure: Figure, path: Path) -> None:
     for text in texts:
         text.set(parse_math=False, fontfamily=families)
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=DPI)
+    figure.savefig(picture, format="png", dpi=DPI, bbox_inches="tight")  # tight: a label that sticks out widens the picture
     write(path, picture.getvalue())
 
 
@@ -55,12 +55,12 @@ def label_line_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -
     """Write beside the ends of lines what they are: (x, y, text, colour) for each line. Labels that would overlap are moved
     apart. The limits of `axes` must be final."""
     low, high = sorted(axes.get_ylim())
-    gap = 14 * (high - low) / (axes.bbox.height * 72 / axes.figure.dpi)  # 14 points, in data units
+    gap = 15 * (high - low) / (axes.bbox.height * 72 / axes.figure.dpi)  # 15 points, in data units
     ends = sorted(ends, key=lambda end: end[1])
     heights = spread([end[1] for end in ends], gap, low, high)
     for (x, y, text, colour), height in zip(ends, heights, strict=True):
-        axes.annotate(text, (x, y), (1.02, height), textcoords=axes.get_yaxis_transform(), color=colour, va="center",
-                      annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6})
+        axes.annotate(text, (x, y), (1.02, height), textcoords=axes.get_yaxis_transform(), color=colour, fontsize=11,
+                      va="center", annotation_clip=False, arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6})
 
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:

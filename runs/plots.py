@@ -46,27 +46,33 @@ def accuracy(run: Run, path: Path) -> None:
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
     epochs = [row["epoch"] for row in run.rows]
     for axes, metric in ((upper, "acc"), (middle, "loss")):
-        ends = []
-        for split, (colour, words) in SPLITS.items():
-            values = np.array([row.get(f"{split}_{metric}", np.nan) for row in run.rows])
-            known = np.flatnonzero(np.isfinite(values))
-            if len(known):
-                # where settings are chosen by validation, the test after the last epoch is a point by itself
-                axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o" if len(known) == 1 else None, clip_on=False)
-                ends.append((epochs[known[-1]], values[known[-1]], f"{words} {values[known[-1]]:.2f}", colour))
-        label_line_ends(axes, ends)
+        _draw_curves(axes, run, metric)
     upper.set(ylabel="accuracy, %")
-    upper.set_title(f"{label(run.folder.name, 50)} on {label(run.record['dataset']['kind'])}", loc="left")
-    upper.text(1, 1.02, "training: augmented images", transform=upper.transAxes, ha="right", color=GREY, fontsize=9)
-    middle.set(ylabel="loss, nats per image")
-    lower.plot(epochs, [row["lr"] for row in run.rows], color=GREY)
+    upper.set_title(f"{label(run.folder.name, 50)} on {label(run.record['dataset']['kind'])}", loc="left", fontsize=13)
+    middle.set(ylabel="loss, nats an image")
+    lower.plot(epochs, [row["lr"] for row in run.rows], color=GREY, marker="o" if len(epochs) == 1 else None)
     lower.set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.supxlabel("training is measured on augmented images", x=0.99, ha="right", fontsize=10, color=GREY)
     for axes in (upper, middle, lower):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.01)
     save(figure, path)
+
+
+def _draw_curves(axes: Axes, run: Run, metric: str) -> None:
+    """Draw the metric, acc or loss, of every split by epoch, with its last value at the line's end."""
+    epochs, ends = [row["epoch"] for row in run.rows], []
+    for split, (colour, words) in SPLITS.items():
+        values = np.array([row.get(f"{split}_{metric}", np.nan) for row in run.rows])
+        known = np.flatnonzero(np.isfinite(values))
+        if len(known):
+            # where settings are chosen by validation, the test after the last epoch is a point by itself
+            axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o" if len(known) == 1 else None, clip_on=False)
+            ends.append((epochs[known[-1]], values[known[-1]], f"{words} {values[known[-1]]:.2f}", colour))
+    margin = 0.01 * len(epochs) if len(epochs) > 1 else 0.5
+    axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
+    label_line_ends(axes, ends)
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: Path) -> None:
@@ -75,7 +81,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Seq
     classes = len(class_names)
     counts = np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = np.clip(0.55 * classes, 2.5, 11)  # inches
+    side = np.clip(0.55 * classes, 3, 11)  # inches
     figure = Figure(figsize=(side + 4.2, side + 2.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(side, 1.6))
     _draw_cells(left, counts, shares)
@@ -87,7 +93,7 @@ def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Seq
                     else "anchor", fontsize=size)
     left.set_yticks(range(0, classes, every), names[::every], fontsize=size)
     left.set(xlabel="predicted class", ylabel="true class")
-    left.set_title("test images: right on the diagonal, mistakes in orange", loc="left", fontsize=11)
+    figure.suptitle("Test images: right predictions in blue, mistakes in orange")
     own = 100 * shares.diagonal()
     right.barh(range(classes), own, color=BLUE, height=0.8)
     for row, value in enumerate(own if classes <= MOST_NUMBERS else []):
@@ -111,7 +117,7 @@ def _draw_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
     blue = LinearSegmentedColormap.from_list("right", ["white", BLUE])
     axes.imshow(np.ma.array(shares, mask=~diagonal), cmap=blue, vmin=0, vmax=1, aspect="auto")
     if classes > MOST_NUMBERS:
-        axes.figure.colorbar(cells, ax=axes, location="bottom", shrink=0.5, aspect=40,
+        axes.figure.colorbar(cells, ax=axes, location="top", shrink=0.5, aspect=40,
                              format=lambda share, _: f"{100 * share:.0f} %", label="of the class mistaken for another one")
         return
     axes.set_xticks(np.arange(classes - 1) + 0.5, minor=True)
@@ -130,15 +136,15 @@ def mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str],
     predicted, labels = probabilities.argmax(1), test.labels
     wrong = np.flatnonzero(predicted != labels)
     worst = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")[:36]]
-    names = [label(name, 16) for name in class_names]
-    figure = Figure(figsize=(11, 2.4 * max(-(-len(worst) // 6), 1) + 0.6), layout="constrained")
+    names = [label(name, 13) for name in class_names]
+    figure = Figure(figsize=(11, 2.31 * max(-(-len(worst) // 6), 1) + 0.5), layout="constrained")
     axes = figure.subplots()
     corners = _tile(axes, [test.images[index] for index in worst], columns=6, gaps=(14, 5))
     for index, (x, y) in zip(worst, corners, strict=True):
         middle = x + SIDE / 2
         axes.text(middle, y - 0.7, f"predicted {names[predicted[index]]}\nwith {100 * probabilities[index].max():.1f} %",
-                  color=ORANGE, fontsize=9.5, ha="center", va="bottom", linespacing=1.1)
-        axes.text(middle, y + SIDE + 0.5, f"is {names[labels[index]]}", color=BLUE, fontsize=9.5, ha="center", va="top")
+                  color=ORANGE, fontsize=9, ha="center", va="bottom", linespacing=1.1)
+        axes.text(middle, y + SIDE + 0.5, f"is {names[labels[index]]}", color=BLUE, fontsize=9, ha="center", va="top")
     figure.suptitle(f"The {len(worst)} wrong predictions made with most confidence, of {len(wrong):,} wrong ones")
     save(figure, path)
 
@@ -156,10 +162,12 @@ def augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], pa
     figure = Figure(figsize=(1.1 * (columns + 1) + 1.6, 1.1 * len(classes) + 1), layout="constrained")
     axes = figure.subplots()
     corners = _tile(axes, pictures, columns + 1, gaps=(3, 3))
-    for number, (x, y) in zip(classes, corners[::columns + 1], strict=True):
-        axes.text(x - 3, y + SIDE / 2, label(class_names[number], 20), ha="right", va="center", fontsize=11)
-        axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=BLUE, linewidth=3))
-    axes.text(SIDE / 2, -2, "original", color=BLUE, ha="center", fontsize=11)
+    for x, y in corners[::columns + 1]:
+        axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=BLUE, linewidth=3, clip_on=False))
+    axes.set_yticks([y + SIDE / 2 for _, y in corners[::columns + 1]], [label(class_names[number], 20) for number in classes],
+                    fontsize=11)
+    axes.set_xticks([SIDE / 2], ["original"], color=BLUE, fontsize=11)
+    axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
     which = "each class" if len(classes) == len(class_names) else f"{len(classes)} of the {len(class_names)} classes"
     figure.suptitle(f"A training image of {which}, and {columns} augmented copies of it")
     save(figure, path)
@@ -175,18 +183,19 @@ def _tile(axes: Axes, pictures: Sequence[np.ndarray], columns: int, gaps: tuple[
     for picture, (x, y) in zip(pictures, corners, strict=True):
         canvas[y:y + SIDE, x:x + SIDE] = picture
     axes.imshow(canvas, interpolation="nearest", extent=(0, canvas.shape[1], canvas.shape[0], 0))
-    axes.axis("off")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
     return corners
 
 
 def receptive_field(image: np.ndarray, stages: dict[str, int], path: Path) -> None:
-    """Draw over an image, uint8 H x W x 3, the square that a unit in the middle of each stage's map sees. `stages` are
-    receptive fields in pixels. What lies around the image is shaded: the convolutions see zeros there."""
+    """Draw over an image, uint8 SIDE x SIDE x 3, the square that a unit in the middle of each stage's map sees. `stages` are
+    receptive fields in pixels. The padding around the image is shaded."""
     size, largest = image.shape[0], max(stages.values(), default=0)
     view = min(max(size, largest), 3 * size)  # beyond, the image would be small
-    figure = Figure(figsize=(12, 9.7), layout="constrained")
+    figure = Figure(figsize=(11.6, 9.7), layout="constrained")
     axes = figure.subplots()
-    edge = (view - size) / 2 + 1
+    edge = (view - size) / 2 + (1 if view > size else 0)
     axes.set(xlim=(-edge, size + edge), ylim=(size + edge, -edge), xticks=[], yticks=[], aspect="equal")
     axes.add_patch(Rectangle((-edge, -edge), size + 2 * edge, size + 2 * edge, facecolor="#F2F2F2", edgecolor="#D8D8D8",
                              hatch="//", linewidth=0, zorder=0))

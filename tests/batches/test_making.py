@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import one_line, only_run
 
-from batches import making
 from batches.device_batches import DeviceBatches
 from batches.making import make_batches, make_policies, resolve_batches
 from batches.worker_batches import WorkerBatches
@@ -84,9 +83,32 @@ def test_auto_falls_back_to_workers_and_device_is_an_error(images, capsys, split
     assert resolve_batches("workers", policies, images, torch.device(device)) == "workers"
 
 
+# ---------------------------------------------------------------- a run of the program
+
+def test_a_run_augments_its_training_images_only(run, pictures, monkeypatch):
+    """The policies that a training run makes its batches with, after --validation has held images out."""
+    seen = []
+
+    def spy(config, images, policies, device):
+        seen.append((images, policies))
+        return make_batches(config, images, policies, device)
+
+    monkeypatch.setattr("main.make_batches", spy)
+    assert run("--epochs", "1", "--validation", "6")[0] == 0
+    [(images, policies)] = seen
+    mean, std = images.statistics()
+    assert len(images.train) == 42
+    expected = make_policies(Config(), mean, std)
+    assert {name: policy.to_dict() for name, policy in policies.items()} == {
+        name: policy.to_dict() for name, policy in expected.items()}
+    for name in ("validation", "test"):
+        [normalization] = policies[name].transforms
+        assert (tuple(normalization.mean), tuple(normalization.std)) == (mean, std)
+
+
 def test_a_run_whose_policy_cannot_run_on_the_device(run, tmp_path, monkeypatch):
-    policy = making.train_policy
-    monkeypatch.setattr(making, "train_policy", lambda *arguments: A.Compose([A.GaussNoise(), *policy(*arguments).transforms]))
+    noisy = A.Compose([A.GaussNoise(), A.Normalize((0.5,) * 3, (0.2,) * 3)])
+    monkeypatch.setattr("batches.making.train_policy", lambda *_: noisy)
     status, _, err = run("--epochs", "1", "--batches", "device")
     assert status == 2
     assert "--batches device can't run GaussNoise" in one_line(err)

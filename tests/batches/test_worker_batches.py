@@ -54,14 +54,15 @@ def test_a_batch_is_what_the_network_takes(splits):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_the_number_of_workers_changes_no_bit(splits, workers):
     alone, many = make(splits), make(splits, workers=workers)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", ".*multi-threaded, use of fork", DeprecationWarning)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         try:
             for epoch in (0, 7):
                 assert same(alone.shuffled("train", epoch), many.shuffled("train", epoch))
             assert same(alone.in_order("test"), many.in_order("test"))
         finally:
             many.close()
+    assert not [str(warning.message) for warning in caught if "fork" in str(warning.message)]
 
 
 @pytest.mark.parametrize(("default", "version", "expected"), [
@@ -106,6 +107,20 @@ def test_an_image_depends_on_seed_epoch_and_image_alone(splits):
     assert torch.equal(alone[0][0], by_image[33])
     assert not torch.equal(images, joined(make(splits, seed=4).shuffled("train", 4))[0])
     assert not torch.equal(images, joined(make(splits).shuffled("train", 5))[0])
+
+
+@pytest.mark.parametrize("changes", [{"flip_p": 0.5}, {"affine_p": 1.0}, {"coarse_dropout_p": 1.0, "coarse_dropout_size": 4},
+                                     {"crop_padding": 4}])
+def test_every_transform_draws_from_seed_epoch_and_image(splits, changes):
+    config = Config(**{"flip_p": 0.0, "affine_p": 0.0, "coarse_dropout_p": 0.0} | changes)
+
+    def augmented(seed: int, epoch: int) -> torch.Tensor:
+        return make(splits, config, seed=seed).loader.dataset[("train", epoch, np.arange(70))][0]
+
+    first = augmented(3, 1)
+    assert torch.equal(first, augmented(3, 1))
+    for seed, epoch in ((4, 1), (3, 2)):
+        assert (first != augmented(seed, epoch)).flatten(1).any(1).float().mean() > 0.25
 
 
 def test_an_epoch_has_every_image_once_in_a_new_order(splits):

@@ -85,7 +85,7 @@ def test_claiming_anew_makes_an_old_file_young(tmp_path):
 
 
 def test_a_claim_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
-    """Between its opening and its locking another process removed it: a third one could lock a new file of that name."""
+    """Between its opening and its locking another process removed it, and a third one made a new file of that name."""
     from experiments import claims
 
     lock_file, removed = claims.lock_file, []
@@ -95,6 +95,7 @@ def test_a_claim_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
         if not removed:
             removed.append(path)
             path.unlink()
+            path.touch()
         return file
 
     monkeypatch.setattr(claims, "lock_file", lock_after_removal)

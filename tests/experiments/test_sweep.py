@@ -211,7 +211,7 @@ def test_a_sweep_makes_its_runs_and_compares_them(sweep, run, tmp_path):
         (0.01, 0), (0.01, 1), (0.05, 0), (0.05, 1)]
     assert "Run 4 of 4: lr 0.05, seed 1\n" in out
     assert "4 of 4 runs are finished" in out
-    assert "Difference: points of test accuracy" in " ".join(out.split())
+    assert "Differences are in points of test accuracy" in " ".join(out.split())
     assert (tmp_path / "logs" / "experiments.csv").exists()
     assert (tmp_path / "logs" / "experiments.png").stat().st_size > 10_000
     assert not (tmp_path / "logs" / "experiments.md").exists()

@@ -32,13 +32,14 @@ WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_sele
 
 
 class Launches(TorchDispatchMode):
-    """Counts kernels and bytes by operation, and names those that the host waits for, and those on tensors of two devices
-    (scalars may lie anywhere)."""
+    """Counts kernels and bytes by operation, with the dtypes that come out, and names those that the host waits for, and those
+    on tensors of two devices (scalars may lie anywhere)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.kernels: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
+        self.dtypes: dict[str, set[torch.dtype]] = {}
         self.waits: list[str] = []
         self.mixed: list[str] = []
 
@@ -56,6 +57,7 @@ class Launches(TorchDispatchMode):
             self.mixed.append(name)
         evaluating = name == "native_batch_norm" and not args[5]
         self.kernels[name] += 2 if name in TWO_KERNELS and not evaluating else 1
+        self.dtypes.setdefault(name, set()).update(tensor.dtype for tensor in outputs)
         if name in ("index", "index_select"):  # reads as much of the first as it writes
             inputs = [*outputs, *inputs[1:]]
         self.bytes[name] += sum(map(size, outputs)) + sum(map(size, inputs))

@@ -79,10 +79,10 @@ def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distil
 
 def test_the_loss_is_computed_in_float32():
     config = Config(batches="device", capture="off")
-    with fake_cuda(), mock.patch.object(Metrics, "add") as add:
-        run_epoch(fake_step(config), fake_batches(config))
-    loss, logits, _ = add.call_args.args
-    assert (loss.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
+    with fake_cuda(), Launches() as launches:
+        run_epoch(fake_step(config, distill=True), fake_batches(config))
+    assert launches.dtypes["convolution"] == {torch.bfloat16}
+    assert launches.dtypes["_log_softmax"] == {torch.float32}  # autocast would leave it in bfloat16
 
 
 def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():

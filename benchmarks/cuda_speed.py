@@ -1,0 +1,303 @@
+"""Everything that is open about speed on CUDA, answered by one command within eight minutes.
+
+    python benchmarks/cuda_speed.py --data-dir ~/data    prints, and writes benchmarks/results/cuda.txt after every part
+
+Each part is a process of its own. One that fails, or that has no time left, leaves a line that says so.
+(A file named cuda.py here would be taken for the package cuda, which torch imports.)
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.others import fast_public_style, usual_script
+from benchmarks.program import Program, make_program
+from config import Config
+from model import Net
+from runs.log import read_log
+from training.capture import CapturedStep
+from training.epoch import evaluate, train_epoch
+from training.machine import available_cores, describe_device, find_device
+from training.step import Step, TrainStep
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cuda.txt"
+SECONDS = 480  # for everything
+RESULT = "result: "  # before the line of a part's process that holds its lines
+MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the parts measure. `tiny`: a few steps on the CPU, to try the benchmark itself."""
+
+    data_dir: str
+    tiny: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device, set up as main.py does."""
+        return find_device("cpu" if self.tiny else "cuda")
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """The settings of main.py that say on what to train."""
+        device, dataset = ("cpu", "synthetic") if self.tiny else ("cuda", "cifar10")
+        return {"device": device, "dataset": dataset, "data_dir": self.data_dir}
+
+    def program(self, **settings: object) -> Program:
+        """What main.py makes of these settings."""
+        return make_program(Config(**self.flags, **settings))  # type: ignore[arg-type]
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line of main.py."""
+        settings = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
+        return [sys.executable, str(ROOT / "main.py"), *settings, "--no-pictures", *arguments]
+
+
+def wait(device: torch.device) -> None:
+    """Wait for what the device is doing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---------------------------------------------------------------- single steps
+
+def variant_step(device: torch.device, how: str, memory_format: str, dtype: str) -> Step:
+    """A step of the baseline: eager, captured, or captured and compiled."""
+    plain = Net().to(device).to(memory_format=MEMORY_FORMATS[memory_format])
+    net: nn.Module = torch.compile(plain, dynamic=False) if "compiled" in how else plain  # type: ignore[assignment]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
+    step = TrainStep(net.train(), optimizer, device, 0.0)
+    # without loss scaling: this is about speed alone
+    step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=False)
+    return step if how == "eager" else CapturedStep(step)
+
+
+def step_seconds(options: Options, how: str, memory_format: str, dtype: str, batch_size: int) -> str:
+    """Milliseconds of a step and images per second, medians, and seconds of the first steps; or why there are none."""
+    device, steps, repeats = options.device, *((1, 1) if options.tiny else (100, 5))
+    images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=MEMORY_FORMATS[memory_format])
+    labels = torch.arange(batch_size, device=device) % 10
+    try:
+        step = variant_step(device, how, memory_format, dtype)
+        began = time.perf_counter()
+        for _ in range(3):
+            step(images, labels)
+        wait(device)
+        once, rounds = time.perf_counter() - began, []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            for _ in range(steps):
+                step(images, labels)
+            wait(device)
+            rounds.append((time.perf_counter() - started) / steps)
+    except Exception as error:  # a compiler that is missing, memory: the other rows go on
+        return f"left out: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+    seconds = statistics.median(rounds)
+    note = f"   {step.note}" if isinstance(step, CapturedStep) and not step.possible else ""
+    return f"{1e3 * seconds:9.3f} {batch_size / seconds:12,.0f} {once:9.1f}{note}"
+
+
+def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> list[str]:
+    """A row for each way to run a step."""
+    lines = [f"{'a step on images that are there':<58} {'ms':>9} {'images/s':>12} {'first, s':>9}"]
+    for how, memory_format, dtype, batch_size in ways:
+        row = step_seconds(options, how, memory_format, dtype, 2 if options.tiny else batch_size)
+        lines.append(f"{how + ', ' + memory_format + ', ' + dtype + ', batch ' + str(batch_size):<58} {row}")
+        torch.compiler.reset()
+    return lines
+
+
+def formats(options: Options) -> list[str]:
+    """Memory formats and dtypes, eager and captured."""
+    return steps_part(options, [(how, *each, 128) for each in product(MEMORY_FORMATS, DTYPES) for how in ("eager", "captured")])
+
+
+def compiled(options: Options) -> list[str]:
+    """Captured and compiled steps."""
+    ways = product(MEMORY_FORMATS, ("bfloat16", "float16"))
+    return steps_part(options, [] if options.tiny else [("captured and compiled", *each, 128) for each in ways])
+
+
+def batch_sizes(options: Options) -> list[str]:
+    """Larger batches."""
+    return steps_part(options, [("captured", *each, size) for size in (128, 512, 1024)
+                                for each in (("channels_last", "bfloat16"), ("contiguous", "bfloat16"))])
+
+
+# ---------------------------------------------------------------- the program
+
+def start_up(options: Options) -> list[str]:
+    """Seconds from starting Python to the end of the first step, on images that are in memory."""
+    lines = [f"{'from starting Python, seconds':<34} {'imports':>8} {'data, net':>10} {'first step':>11}"]
+    code = ("import time; began = time.perf_counter(); import sys, json; sys.path.insert(0, sys.argv[1])\n"
+            "from benchmarks.cuda_speed import Options, wait; imported = time.perf_counter()\n"
+            "program = Options(sys.argv[2], sys.argv[3] == 'True').program(batches='device', capture=sys.argv[4])\n"
+            "batch = next(iter(program.batches.shuffled('train', 0))); made = time.perf_counter()\n"
+            "program.step(*batch); wait(program.device)\n"
+            "print(json.dumps([imported - began, made - began, time.perf_counter() - began]))")
+    for capture in ("off", "auto"):
+        command = [sys.executable, "-c", code, str(ROOT), options.data_dir, str(options.tiny), capture]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        lines.append(f"{'main.py --capture ' + capture:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out)))
+    return lines
+
+
+def epochs(options: Options) -> list[str]:
+    """Epochs with their tests, as main.py runs them: how long, and how long the GPU has nothing to do."""
+    lines = [f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"]
+    for capture in ("off", "auto"):
+        program = options.program(batches="device", capture=capture)
+        step, device = program.step, program.device
+
+        def run(epoch: int, step=step, batches=program.batches, device=device) -> None:
+            part = islice(batches.shuffled("train", epoch), 3 if options.tiny else None)
+            with tqdm(disable=True) as bar:
+                train_epoch(step, part, lambda images: 0.01, bar)
+            evaluate(step.net, islice(batches.in_order("test"), 1 if options.tiny else None), device)
+
+        run(0)
+        started = time.perf_counter()
+        for epoch in (1, 2):
+            run(epoch)
+        seconds = (time.perf_counter() - started) / 2
+        memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
+        idle, gap = idle_time([partial(run, 3), partial(run, 4)], device)
+        lines.append(f"{'--capture ' + capture + ': ' + (step.note or 'eager')[:24]:<42} {seconds:8.3f} {100 * idle:7.1f} % "
+                     f"{1e3 * gap:16.2f} {memory:6.2f}")
+    return lines
+
+
+def idle_time(runs: list[Callable[[], None]], device: torch.device) -> tuple[float, float]:
+    """The share of the time between the first kernel of `runs` and the last in which none runs, and the longest gap in
+    seconds. Profiling itself makes eager steps slower."""
+    if device.type != "cuda":
+        return 0.0, 0.0
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        for run in runs:
+            run()
+        wait(device)
+    kernels = sorted((event.start_ns(), event.duration_ns()) for event in profiler.profiler.kineto_results.events()
+                     if event.device_type() == torch.profiler.DeviceType.CUDA)
+    busy, gap, end = 0, 0, kernels[0][0]
+    for start, duration in kernels:
+        gap = max(gap, start - end)
+        busy += max(0, start + duration - max(end, start))
+        end = max(end, start + duration)
+    return 1 - busy / (end - kernels[0][0]), gap / 1e9
+
+
+def kernels(options: Options) -> list[str]:
+    """Where the time of an eager step goes, by kernel."""
+    program, steps = options.program(batches="device", capture="off"), 2 if options.tiny else 50
+    step, on_gpu = program.step, program.device.type == "cuda"
+    step.net.train()
+    batches: list[tuple[Tensor, Tensor]] = list(islice(program.batches.shuffled("train", 0), steps))
+    for batch in batches:
+        step(*batch)
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+        for batch in batches:
+            step(*batch)
+        wait(program.device)
+    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+             for event in profiler.key_averages() if not event.is_user_annotation}
+    total = sum(spent for spent, _ in times.values()) or 1.0
+    most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
+    title = f"an eager step, {sum(count for _, count in times.values()) // steps} kernels"
+    return [f"{title:<90} {'us':>8} {'%':>6}",
+            *(f"{f'{count / steps:.0f} x {name}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
+              for name, (spent, count) in most)]
+
+
+# ---------------------------------------------------------------- others, and a whole run
+
+def others(options: Options) -> list[str]:
+    """The script most people write, and a loop in the style of the fastest, on the same network."""
+    if options.tiny:
+        return ["the usual script and the fastest public style: left out, they need CIFAR-10"]
+    arguments = argparse.Namespace(data_dir=options.data_dir, device="cuda", steps=40)
+    lines = [f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10}"]
+    for name, measure in (("the usual script, 8 workers", lambda: usual_script(arguments, 8, available_cores())),
+                          ("the fastest public style", lambda: fast_public_style(arguments))):
+        try:
+            measured = measure()
+            lines.append(f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f}")
+        except Exception as error:  # of a compiler that is missing
+            lines.append(f"{name:<34} left out: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
+    return lines
+
+
+def whole_run(options: Options) -> list[str]:
+    """python main.py, 80 epochs end to end."""
+    count = 1 if options.tiny else 80
+    with tempfile.TemporaryDirectory() as logs:
+        started = time.perf_counter()
+        subprocess.run(options.command("--epochs", str(count), "--log-dir", logs), check=True, stdout=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+        _, rows = read_log(Path(logs) / "model_accuracy.log")
+    accuracy = rows[-1]["test_acc"]
+    return [f"python main.py --epochs {count}: {seconds:.1f} s from start to end, {accuracy} % of the test images correct"]
+
+
+# the most important first; seconds that each may take
+PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {
+    "formats": (formats, 70), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 40),
+    "start_up": (start_up, 60), "batch_sizes": (batch_sizes, 40), "compiled": (compiled, 120), "others": (others, 150)}
+
+
+def run_part(name: str, options: Options, seconds: float) -> list[str]:
+    """The lines of a part, run in a process of its own for at most that long."""
+    command = [sys.executable, __file__, "--part", name, "--data-dir", options.data_dir, *(["--tiny"] if options.tiny else [])]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return [f"{name}: left out, it took more than {seconds:.0f} s"]
+    found = [line for line in out.stdout.splitlines() if line.startswith(RESULT)]
+    if out.returncode or not found:
+        return [f"{name}: failed: {(out.stderr.strip().splitlines() or ['it said nothing'])[-1][:120]}"]
+    return json.loads(found[-1][len(RESULT):])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the parts on a CPU, writes nothing
+    arguments = parser.parse_args()
+    options = Options(arguments.data_dir, arguments.tiny)
+    if not (options.tiny or torch.cuda.is_available()):
+        sys.exit("benchmarks/cuda_speed.py measures on a CUDA GPU, and this PyTorch finds none")
+    if arguments.part:
+        print(RESULT + json.dumps(PARTS[arguments.part][0](options)))
+        return
+    began = time.monotonic()
+    lines = [f"CUDA, {describe_device(options.device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", ""]
+    for name, (_, limit) in PARTS.items():
+        left = SECONDS - (time.monotonic() - began)
+        part = run_part(name, options, min(limit, left)) if left > 10 else [f"{name}: left out, no time is left"]
+        print("\n".join(part), end="\n\n", flush=True)
+        lines += [*part, ""]
+        if not options.tiny:
+            RESULTS.write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

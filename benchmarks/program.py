@@ -1,0 +1,39 @@
+"""What main.py makes of a config before the first epoch, without its records: for benchmarks of the program itself."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from batches.making import Batches, make_batches, make_policies, resolve_batches
+from config import Config
+from images.loading import load_images
+from model import Net
+from training.capture import make_step
+from training.dilated import use_fast_dilated_convs
+from training.machine import available_cores, find_device, keep_freed_memory, memory_format, seed_torch
+from training.step import Step
+
+
+@dataclass(frozen=True)
+class Program:
+    """A step that trains, and the batches to train on."""
+
+    config: Config
+    device: torch.device
+    batches: Batches
+    step: Step
+
+
+def make_program(config: Config) -> Program:
+    """As in main.train."""
+    device, images = find_device(config.device), load_images(config.dataset, config.data_dir)
+    policies = make_policies(config, *images.statistics())
+    config = replace(config, batches=resolve_batches(config.batches, policies, images, device))
+    keep_freed_memory()
+    torch.set_num_threads(config.threads or available_cores())
+    seed_torch(config.seed, 0)
+    net = Net(len(images.class_names), config.dropout, config.width).to(device).to(memory_format=memory_format(device))
+    use_fast_dilated_convs(net, device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                                weight_decay=config.weight_decay, fused=device.type == "cuda")
+    return Program(config, device, make_batches(config, images, policies, device), make_step(net, optimizer, device, config))
