@@ -26,13 +26,13 @@ from analysis.identity import describe_network
 from analysis.summary import torch_summary
 from batches.making import Batches, make_batches, make_policies, resolve_batches
 from commands.plot import draw_pictures
-from commands.start import run_or_exit
+from commands.start import STARTED, run_or_exit
 from config import Config
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
 from model import Net
-from runs.finding import next_number, refuse_run_folder
-from runs.record import make_record
+from runs.finding import REFERENCE, next_number, refuse_run_folder
+from runs.record import SUMMARY, make_record, read_run
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
 from runs.weights import check_teacher, find_teacher
@@ -104,14 +104,30 @@ def train(config: Config, unfinished: Unfinished | None = None) -> Path:
     with writer, closing(make_batches(config, images, policies, device)) as batches:
         writer.start_log(network_summary)
         run_epochs(config, images, batches, step, writer)
-        summary = writer.finish()
-        print(f"\nFinal test accuracy {summary['test_acc']:.2f} %, train {summary['train_acc']:.2f} %, after "
-              f"{summary['epochs']} epoch{'s' if summary['epochs'] > 1 else ''} in {summary['seconds']:,.0f} s\n"
-              f"Everything is in {writer.folder}")
+        writer.finish()
+        print_result(writer.folder)
         if config.pictures:
             draw_pictures(net, batches, images, policies["train"], device, writer.folder)
     print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
     return writer.folder
+
+
+def epochs(count: int) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{count} epoch{'' if count == 1 else 's'}"
+
+
+def print_result(folder: Path) -> None:
+    """Print the final accuracies of the run in `folder`, and where it stands beside the reference run."""
+    run = read_run(folder)
+    final, dataset = run.rows[-1], run.record["dataset"]["sha256"]
+    print(f"\nFinal test accuracy {final['test_acc']:.2f} %, train {final['train_acc']:.2f} %, after "
+          f"{epochs(len(run.rows))} in {sum(row['seconds'] for row in run.rows):,.0f} s")
+    if (REFERENCE / SUMMARY).exists() and (reference := read_run(REFERENCE)).record["dataset"]["sha256"] == dataset:
+        accuracy = reference.rows[-1]["test_acc"]
+        print(f"That is {final['test_acc'] - accuracy:+.2f} points from the reference run, {accuracy:.2f} % after "
+              f"{epochs(len(reference.rows))}")
+    print(f"Everything is in {folder}")
 
 
 def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
@@ -123,6 +139,8 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
         for epoch in range(first, config.epochs):
             last = epoch == config.epochs - 1
             row = run_epoch(config, images, batches, step, epoch, last)
+            if epoch == first and step.device.type == "cuda":
+                writer.add_notes(step.note, f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
             line = writer.save_epoch(row, last)
             write_events(events, row)
             with progress.external_write_mode():  # above the bars

@@ -9,10 +9,8 @@ from experiments.comparison import Table, make_tables, read_finished
 from experiments.plots import draw_experiments
 from experiments.report import as_csv, as_text
 from runs.files import write
-from runs.finding import find_runs, named_runs
+from runs.finding import REFERENCE, find_runs, named_runs
 from runs.record import Run, read_run
-
-REFERENCE = Path(__file__).parents[1] / "logs" / "reference"
 
 
 def run(arguments: Namespace) -> None:

@@ -1,18 +1,19 @@
 """python main.py plot: draw the pictures of a finished run."""
 
+import re
 from argparse import Namespace
 from contextlib import closing
 from pathlib import Path
 
 import albumentations as A
 import torch
-from inference.loading import load_trained
 from torch import nn
 
 from analysis.receptive_field import convolutions
 from batches.making import Batches, make_batches
 from config import UserError
 from images.dataset import Images
+from inference.loading import load_trained
 from runs.plots import draw_all
 from runs.record import read_run
 from training.epoch import predict
@@ -32,7 +33,12 @@ def draw_pictures(net: nn.Module, batches: Batches, images: Images, policy: A.Co
                   folder: Path) -> None:
     """Draw all pictures of the finished run in `folder`. `policy` is that of the training images."""
     logits, _ = predict(net, batches.in_order("test"), device)
-    stages = {layer.name.split(".")[0].replace("_", " "): layer.receptive_field for layer in convolutions(net)
+    stages = {_stage_name(layer.name): layer.receptive_field for layer in convolutions(net)
               if layer.receptive_field and layer.output[1:] != (1, 1)}  # the last convolution of each block counts
     names = draw_all(read_run(folder), images, policy, logits.softmax(1).cpu().numpy(), stages)
     print(f"Pictures: {', '.join(names)}")
+
+
+def _stage_name(layer: str) -> str:
+    """conv block 1 of conv_block1.0.1."""
+    return re.sub(r"(\d+)$", r" \1", layer.split(".")[0].replace("_", " "))

@@ -16,6 +16,7 @@ if sys.version_info < (3, 11):
 import contextlib
 import io
 import json
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,9 @@ from typing import Any
 
 from commands.parser import parse
 from config import Config, UserError
+from images.names import printable
+
+STARTED = time.perf_counter()
 
 # What makes PyTorch's three CPU libraries use AVX2 at most; they read it when they are loaded
 CAPS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"}
@@ -87,7 +91,8 @@ def report(error: BaseException) -> int | None:
         line, status = "error: memory ran out: free some that other programs hold", 2
     else:
         return None
-    print(" ".join("; ".join([line, *getattr(error, "__notes__", [])]).split()), file=sys.stderr)
+    line = " ".join("; ".join([line, *getattr(error, "__notes__", [])]).split())
+    print(printable(line), file=sys.stderr)  # names of files may hold escape codes
     return status
 
 

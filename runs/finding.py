@@ -10,6 +10,7 @@ from typing import Any
 from config import UserError
 from runs.record import CONFIG, FINAL, SUMMARY
 
+REFERENCE = Path(__file__).parents[1] / "logs" / "reference"  # the committed run of the defaults
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 DIVERGED = ".diverged"  # an empty file in the folder of a run whose loss was no longer finite
 

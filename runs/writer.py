@@ -15,7 +15,7 @@ from config import Config
 from runs.checkpoint import State, cloned, pack, write_checkpoint
 from runs.files import make_run_folder, remove_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
-from runs.log import AccuracyLog, Row
+from runs.log import AccuracyLog, Row, comments
 from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
 from runs.resuming import Unfinished, lock_run
 from runs.weights import save_weights
@@ -48,6 +48,12 @@ class RunWriter:
         self._write_best()  # a crash may have come between a checkpoint and this
         print("\n".join(self.log.comments), end="\n\n", flush=True)
         print(self.log.header(), flush=True)
+
+    def add_notes(self, *notes: str) -> None:
+        """Add lines to the comments of the log, and to config.json."""
+        self.record["notes"] += [note for note in notes if note]
+        self.log.comments = comments(self.folder.name, self.record)
+        write(self.folder / CONFIG, as_json(self.record))
 
     def save_epoch(self, row: Row, last: bool) -> str:
         """Add an epoch to the log; write a checkpoint if the last one is INTERVAL ago, or after the last epoch. Returns the

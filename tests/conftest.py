@@ -1,5 +1,6 @@
 """What the tests share: a small folder of images, and the program run in this process or in one of its own."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -10,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from images.synthetic import synthetic
+from images.synthetic import synthetic as draw_synthetic
 from runs.finding import find_runs
 
 ROOT = Path(__file__).parents[1]
+synthetic = functools.cache(draw_synthetic)  # takes a second
 REFERENCE = ROOT / "logs" / "reference"
 NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
 SMALL = ["--workers", "0", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures"]
@@ -144,7 +146,6 @@ def weights_of(folder: Path) -> bytes:
 def example_record(**changes) -> dict:
     """A config.json of a run of ten classes of drawn images with these settings."""
     from analysis.identity import describe_network
-
     from config import Config
     from model import Net
     from runs.record import make_record

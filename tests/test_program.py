@@ -279,3 +279,11 @@ def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, t
     (whole,) = find_runs(tmp_path / "whole")
     assert weights_of(only_run(tmp_path)) == weights_of(whole)
     assert figures(only_run(tmp_path)) == figures(whole)
+
+
+def test_a_run_ends_with_where_it_stands_beside_the_reference_run(run, tmp_path, monkeypatch):
+    assert "reference" not in run("--epochs", "1", "--lr", "0.05")[1]  # which is on other images
+    monkeypatch.setattr(main, "REFERENCE", only_run(tmp_path))
+    _, out, _ = run("--epochs", "1", "--seed", "1")
+    one, other = (read_run(folder).rows[-1]["test_acc"] for folder in find_runs(tmp_path / "logs"))
+    assert f"That is {one - other:+.2f} points from the reference run, {other:.2f} % after 1 epoch\n" in out

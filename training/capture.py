@@ -52,7 +52,7 @@ class CapturedStep:
         self.step, self.net, self.optimizer = step, step.net, step.optimizer
         self.metrics, self.device = step.metrics, step.device
         self.note = ""
-        self.first_done: float | None = None
+        self.first_done = 0.0
         self.recorded: dict[torch.Size, Recorded] = {}
         self.record = _graph if step.device.type == "cuda" else _eager_twin
         # What a recording reads in place of the floats in the optimizer, a rate for each group of parameters

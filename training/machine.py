@@ -16,7 +16,8 @@ from config import Config, UserError
 def set_determinism(config: Config) -> None:
     """Have CUDA compute the same bits in every run where `config.deterministic` asks for it. Call it before `find_device`:
     cuBLAS reads its setting when CUDA starts. An operation that can't be deterministic then raises RuntimeError."""
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic != torch.are_deterministic_algorithms_enabled():  # the call loads torch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     torch.backends.cudnn.deterministic = config.deterministic
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

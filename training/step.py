@@ -22,7 +22,7 @@ class Step(Protocol):
     device: torch.device
     metrics: Metrics
     note: str  # how steps run, for the log; "" where there is nothing to say. Complete after the first epoch
-    first_done: float | None  # time.perf_counter() when the first step returned
+    first_done: float  # time.perf_counter() when the first step returned; 0 before
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
@@ -37,7 +37,7 @@ class TrainStep:
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast = Metrics(device), autocast(device)
         self.note = ""
-        self.first_done: float | None = None
+        self.first_done = 0.0
         self.full_batch = 0  # images of the first batch
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:

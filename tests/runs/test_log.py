@@ -4,11 +4,14 @@ import math
 
 import pandas
 import pytest
+import torch
 from conftest import example_record, example_row
 
-from config import UserError
+from config import Config, UserError
 from runs.files import make_run_folder
 from runs.log import FORMATS, AccuracyLog, comments, read_log, table
+from runs.record import read_record
+from runs.writer import start_run
 
 
 def row(epoch: int) -> dict[str, float]:
@@ -81,3 +84,13 @@ def test_a_damaged_log_is_named(tmp_path, content):
     (tmp_path / "model_accuracy.log").write_bytes(content)
     with pytest.raises(UserError, match=r"model_accuracy\.log"):
         read_log(tmp_path / "model_accuracy.log")
+
+
+def test_notes_come_into_the_log_and_into_config_json(tmp_path):
+    net = torch.nn.Linear(1, 1)
+    run = start_run(Config(log_dir=str(tmp_path)), example_record(), net, torch.optim.SGD(net.parameters()))
+    run.start_log("")
+    run.add_notes("", "captured")
+    run.save_epoch(example_row(0), last=True)
+    assert read_log(run.folder / "model_accuracy.log")[0][-1] == "captured"
+    assert read_record(run.folder)["notes"] == ["captured"]
