@@ -23,17 +23,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis.identity import describe_network  # noqa: E402 (after the path is set)
-from batches.making import make_batches, make_policies  # noqa: E402
-from config import Config  # noqa: E402
-from images.loading import load_images  # noqa: E402
-from model import Net  # noqa: E402
-from runs.log import Row  # noqa: E402
-from runs.record import make_record  # noqa: E402
-from runs.writer import start_run  # noqa: E402
-from training.capture import make_step  # noqa: E402
-from training.dilated import use_fast_dilated_convs  # noqa: E402
-from training.epoch import train_epoch  # noqa: E402
+from analysis.identity import describe_network
+from batches.making import make_batches, make_policies
+from config import Config
+from images.loading import load_images
+from model import Net
+from runs.log import Row
+from runs.record import make_record
+from runs.writer import start_run
+from training.capture import make_step
+from training.dilated import use_fast_dilated_convs
+from training.epoch import train_epoch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,11 +54,11 @@ def main(data_dir: str, rounds: int, steps: int) -> str:
         writer = start_run(replace(config, log_dir=logs), record, net, optimizer)
         with closing(make_batches(config, images, policies, device)) as batches, tqdm(disable=True) as bar:
             stream = iter(batches.shuffled("train", 0))
-            for epoch in range(rounds):
+            for number in range(rounds):
                 started = time.perf_counter()
                 result = train_epoch(step, islice(stream, steps), lambda _: config.lr, bar)
                 a_step.append((time.perf_counter() - started) / steps)
-                row: Row = {"epoch": epoch, "lr": config.lr, "train_loss": result.loss, "train_acc": result.accuracy,
+                row: Row = {"epoch": number, "lr": config.lr, "train_loss": result.loss, "train_acc": result.accuracy,
                        "test_loss": 0.0, "test_acc": 0.0, "seconds": 0.0}
                 started = time.perf_counter()
                 writer.save_epoch(row, last=True)

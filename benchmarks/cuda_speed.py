@@ -2,8 +2,8 @@
 
     python benchmarks/cuda_speed.py --data-dir ~/data    prints, and writes benchmarks/results/cuda.txt after every part
 
-Each part is a process of its own. One that fails, or that has no time left, leaves a line that says so.
-(A file named cuda.py here would be taken for the package cuda, which torch imports.)
+Each part is a process of its own. One that fails, or has no time left, leaves a line that says so. (A file named cuda.py here
+would be taken for the package cuda, which torch imports.)
 """
 
 import argparse
@@ -59,8 +59,8 @@ class Options:
     @property
     def flags(self) -> dict[str, str]:
         """The settings of main.py that say on what to train."""
-        device, dataset = ("cpu", "synthetic") if self.tiny else ("cuda", "cifar10")
-        return {"device": device, "dataset": dataset, "data_dir": self.data_dir}
+        dataset, device = ("synthetic", "cpu") if self.tiny else ("cifar10", "cuda")
+        return {"dataset": dataset, "data_dir": self.data_dir, "device": device}
 
     def program(self, **settings: object) -> Program:
         """What main.py makes of these settings."""
@@ -68,8 +68,8 @@ class Options:
 
     def command(self, *arguments: str) -> list[str]:
         """The command line of main.py."""
-        settings = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
-        return [sys.executable, str(ROOT / "main.py"), *settings, "--no-pictures", *arguments]
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
+        return [sys.executable, str(ROOT / "main.py"), *flags, "--no-pictures", *arguments]
 
 
 def wait(device: torch.device) -> None:
@@ -93,7 +93,7 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
 
 def step_seconds(options: Options, how: str, memory_format: str, dtype: str, batch_size: int) -> str:
     """Milliseconds of a step and images per second, medians, and seconds of the first steps; or why there are none."""
-    device, steps, repeats = options.device, *((1, 1) if options.tiny else (100, 5))
+    device, steps, repeats, batch_size = options.device, *((1, 1, 2) if options.tiny else (100, 5, batch_size))
     images = torch.randn(batch_size, 3, 32, 32, device=device).contiguous(memory_format=MEMORY_FORMATS[memory_format])
     labels = torch.arange(batch_size, device=device) % 10
     try:
@@ -111,17 +111,15 @@ def step_seconds(options: Options, how: str, memory_format: str, dtype: str, bat
             rounds.append((time.perf_counter() - started) / steps)
     except Exception as error:  # a compiler that is missing, memory: the other rows go on
         return f"left out: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    seconds = statistics.median(rounds)
-    note = f"   {step.note}" if isinstance(step, CapturedStep) and not step.possible else ""
-    return f"{1e3 * seconds:9.3f} {batch_size / seconds:12,.0f} {once:9.1f}{note}"
+    seconds, note = statistics.median(rounds), step.note if step.note.startswith("not") else ""
+    return f"{1e3 * seconds:9.3f} {batch_size / seconds:12,.0f} {once:9.1f}   {note}".rstrip()
 
 
 def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> list[str]:
     """A row for each way to run a step."""
     lines = [f"{'a step on images that are there':<58} {'ms':>9} {'images/s':>12} {'first, s':>9}"]
-    for how, memory_format, dtype, batch_size in ways:
-        row = step_seconds(options, how, memory_format, dtype, 2 if options.tiny else batch_size)
-        lines.append(f"{how + ', ' + memory_format + ', ' + dtype + ', batch ' + str(batch_size):<58} {row}")
+    for way in ways:
+        lines.append(f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}")
         torch.compiler.reset()
     return lines
 
@@ -213,7 +211,8 @@ def kernels(options: Options) -> list[str]:
     batches: list[tuple[Tensor, Tensor]] = list(islice(program.batches.shuffled("train", 0), steps))
     for batch in batches:
         step(*batch)
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
         for batch in batches:
             step(*batch)
         wait(program.device)
@@ -249,16 +248,14 @@ def whole_run(options: Options) -> list[str]:
     """python main.py, 80 epochs end to end."""
     count = 1 if options.tiny else 80
     with tempfile.TemporaryDirectory() as logs:
-        started = time.perf_counter()
-        subprocess.run(options.command("--epochs", str(count), "--log-dir", logs), check=True, stdout=subprocess.DEVNULL)
+        command, started = options.command("--epochs", str(count), "--log-dir", logs), time.perf_counter()
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - started
-        _, rows = read_log(Path(logs) / "model_accuracy.log")
-    accuracy = rows[-1]["test_acc"]
+        accuracy = read_log(Path(logs) / "model_accuracy.log")[1][-1]["test_acc"]
     return [f"python main.py --epochs {count}: {seconds:.1f} s from start to end, {accuracy} % of the test images correct"]
 
 
-# the most important first; seconds that each may take
-PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {
+PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {  # the most important first; seconds that each may take
     "formats": (formats, 70), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 40),
     "start_up": (start_up, 60), "batch_sizes": (batch_sizes, 40), "compiled": (compiled, 120), "others": (others, 150)}
 

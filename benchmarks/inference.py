@@ -1,6 +1,7 @@
 """What a prediction costs: our network and small CIFAR-10 networks of others, on one machine, in one run.
 
-    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*
+    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*.txt
+    python benchmarks/readme.py                               draws benchmarks/results/inference.png from them
 
 All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of inference/export.py.
 Each is a process of its own; they take turns, and medians are compared. Ours has the reference run's weights;
@@ -199,33 +200,6 @@ def verdicts(facts: dict[tuple[str, str], Facts]) -> list[str]:
             f"times with 64, and {facts[ours]['accuracy'] - facts[int8]['accuracy']:.2f} points less accurate"]
 
 
-def picture(facts: dict[tuple[str, str], Facts], path: Path) -> None:
-    """Accuracy against the latency of one image on one thread."""
-    from matplotlib.figure import Figure
-
-    from runs.drawing import BLUE, ORANGE
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for (name, runtime), each in facts.items():
-        latency, peer = 1e3 * statistics.median(each["turns"][0][0]), each["peer"]
-        if peer and runtime == FLOAT32:
-            axes.plot(latency, peer.accuracy, "^" if peer.required else "o", color=ORANGE, fillstyle="none", markersize=8)
-            axes.annotate(name + (", at least" if peer.required else ""), (latency, peer.accuracy), textcoords="offset points",
-                          xytext=(8, -12), fontsize=9)
-        elif not peer and runtime in (FLOAT32, INT8):
-            axes.plot(latency, each["accuracy"], "o", color=BLUE, markersize=8)
-            axes.annotate(f"{name}, {'int8' if runtime == INT8 else 'float32'}", (latency, each["accuracy"]),
-                          textcoords="offset points", xytext=(8, 6 if runtime == FLOAT32 else -14), fontsize=9)
-    axes.set(xscale="log", xlabel="latency of one image on one CPU thread, ms", ylabel="CIFAR-10 test accuracy, %",
-             title="ONNX Runtime. Full: measured. Hollow: in float32, the accuracy as published")
-    for formatted in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        formatted(lambda value, _: f"{value:g}")
-    axes.margins(x=0.3, y=0.15)
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=100)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
@@ -250,7 +224,6 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "inference.txt").write_text(text)
     (RESULTS / "inference_profile.txt").write_text(shares)
-    picture(facts, RESULTS / "inference.png")
 
 
 if __name__ == "__main__":

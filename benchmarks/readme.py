@@ -1,40 +1,52 @@
-"""Write the tables of README.md and LEARNINGS.md anew from what they report: the reference log, the network, the results of the
-benchmarks, the comparison of runs.
+"""Write the tables of README.md, LEARNINGS.md and docs/ from what they report: logs/reference, the network, the results of the
+benchmarks, comparisons of runs. Draw benchmarks/results/inference.png.
 
     python benchmarks/readme.py
 
-Each table stands between two comments that name it. A test fails when one is not what this would write.
+Each table stands between two comments that name it: <!-- log --> and <!-- end of log -->. A file NAME.txt in
+benchmarks/results is the table NAME. A test fails when one is not what this would write.
 """
 
 import ast
 import csv
+import math
 import re
 import statistics
 import sys
+from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis.identity import describe_network  # noqa: E402 (after the path is set)
-from analysis.receptive_field import convolutions  # noqa: E402
-from benchmarks.peers import peers  # noqa: E402
-from config import RECIPES, Config  # noqa: E402
-from experiments.statistics import LEVEL  # noqa: E402
-from model import Net  # noqa: E402
-from runs.record import CONFIG, Run, read_run  # noqa: E402
+from analysis.identity import describe_network
+from analysis.receptive_field import convolutions
+from benchmarks.inference import FLOAT32, OURS
+from benchmarks.inference_picture import Point, draw, make_points, read_rows
+from benchmarks.peers import peers
+from config import RECIPES, Config
+from experiments.comparison import make_tables
+from experiments.report import as_text
+from experiments.statistics import LEVEL
+from model import Net
+from runs.record import CONFIG, Run, read_run
+
+ROOT = Path(__file__).parents[1]
+REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
+PICTURE = RESULTS / "inference.png"
+TAUGHT = "fast-taught"  # the folder of `fast` taught by `strong`
+NEAREST = "ShuffleNetV2 x0.5"  # of the networks with a published accuracy, the one with the fewest multiply-adds
 
 # train and test accuracy of the published run of this network, by epoch
 PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
              79: (87.45, 87.20)}
-TEACHER_WIDTH = {"best": 3, "fast-taught": 1}  # of the teachers, as README.md has them trained
+TEACHER_WIDTH = {"best": 3, TAUGHT: 1}  # of the teachers, as README.md has them trained
 STAGES = {"input_block": "input", "conv_block1": "block 1", "conv_block2": "block 2", "conv_block3": "block 3",
           "conv_block4": "block 4", "head": "head"}
 
 
 def log_table() -> str:
     """Selected epochs of the reference run beside the published one."""
-    rows = read_run(ROOT / "logs" / "reference").rows
+    rows = read_run(REFERENCE).rows
     lines = ["| epoch | learning rate | train loss | train % | test loss | test % | published train % | published test % |",
              "|---:|---:|---:|---:|---:|---:|---:|---:|"]
     for epoch, (train, test) in PUBLISHED.items():
@@ -43,13 +55,14 @@ def log_table() -> str:
                      f"| {row['test_acc']:.2f} | {train:.2f} | {test:.2f} |")
     gap = rows[79]["test_acc"] - PUBLISHED[79][1]
     lines += ["", f"The final test accuracy is {rows[79]['test_acc']:.2f} %, {abs(gap):.2f} points "
-              f"{'below' if gap < 0 else 'above'} the published run's."]
+              f"{'below' if gap < 0 else 'above'} the published run's. The run took "
+              f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours on one thread."]
     return "\n".join(lines)
 
 
 def first_rows() -> str:
     """The first lines of the reference run's table, as the terminal shows them."""
-    lines = (ROOT / "logs" / "reference" / "model_accuracy.log").read_text().splitlines()
+    lines = (REFERENCE / "model_accuracy.log").read_text().splitlines()
     return "```\n" + "\n".join([line for line in lines if not line.startswith("#")][:4]) + "\n```"
 
 
@@ -71,9 +84,19 @@ def stage_table() -> str:
 
 def recipe_runs(recipe: str) -> list[Run]:
     """The committed runs of a recipe, by seed."""
-    reference = ROOT / "logs" / "reference"
-    folders = [reference] if recipe == "baseline" else [path.parent for path in (reference / recipe).glob(f"*/{CONFIG}")]
+    folders = [REFERENCE] if recipe == "baseline" else [path.parent for path in (REFERENCE / recipe).glob(f"*/{CONFIG}")]
     return sorted(map(read_run, folders), key=lambda run: run.record["config"]["seed"])
+
+
+def accuracy(recipe: str) -> tuple[float, float, int]:
+    """Of a recipe's test accuracies: the mean, their standard deviation (0 of one seed), and how many there are."""
+    values = [run.rows[-1]["test_acc"] for run in recipe_runs(recipe)]
+    return statistics.fmean(values) if values else math.nan, statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
+
+
+def plus_minus(mean: float, std: float) -> str:
+    """A mean with its standard deviation, where there is one."""
+    return f"{mean:.2f}" + (f" ± {std:.2f}" if std else "")
 
 
 def compute(config: Config, teacher_width: int) -> float:
@@ -86,27 +109,67 @@ def compute(config: Config, teacher_width: int) -> float:
     return epochs + teacher / ours * (1 + epochs / 3)
 
 
+def result_line() -> str:
+    """What the network reaches, in one line, beside its nearest peer."""
+    ours, latency, peer = describe_network(Net()), latencies(), peers()[NEAREST]
+    theirs = describe_network(peer.net)
+    mean, std, count = accuracy("strong")
+    seeds = "one seed" if count == 1 else f"mean and standard deviation of {count} seeds"
+    return (f"**{ours['parameters']:,} parameters, {ours['multiply_adds'] / 1e6:.2f} M multiply-adds, "
+            f"{plus_minus(mean, std)} % of the test images correct** (`strong`, {seeds}), **{latency[OURS]} ms** an image on "
+            f"one CPU thread. Nearest peer, {NEAREST}: {theirs['parameters']:,}, {theirs['multiply_adds'] / 1e6:.2f} M, "
+            f"{peer.accuracy:.2f} % as published, {latency[NEAREST]} ms.")
+
+
+@cache
+def latencies() -> dict[str, str]:
+    """Milliseconds for one image on one thread in ONNX Runtime, by network, as benchmarks/inference.py printed them."""
+    rows = read_rows((RESULTS / "inference.txt").read_text())
+    return {row["network"]: row["ms"] for row in rows if row["runtime"] == FLOAT32}
+
+
 def recipe_table() -> str:
-    """The final accuracies of the recipes, beside what is published: mean and standard deviation over seeds."""
-    ours = describe_network(Net())
-    network = f"{ours['parameters']:,} | {ours['multiply_adds'] / 1e6:.2f} M"
-    lines = ["| network, recipe | parameters | multiply-adds | epochs | compute | train % | test % | seeds |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|",
-             f"| ours, the published run | {network} | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
-    taught = {"fast-taught": RECIPES["fast"] | {"teacher": "strong"}}
-    for recipe, changes in (RECIPES | taught).items():
+    """The final accuracies of the recipes: mean and standard deviation over seeds."""
+    lines = ["| recipe | command | epochs | compute | train % | test % | seeds |", "|---|---|---:|---:|---:|---:|---:|",
+             f"| as published | | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
+    commands = {"baseline": "python main.py", TAUGHT: "python main.py --recipe fast --teacher logs/reference/strong/seed-0"}
+    for recipe, changes in (RECIPES | {TAUGHT: RECIPES["fast"] | {"teacher": "strong"}}).items():
         runs, config = recipe_runs(recipe), Config(**changes)
-        train, test = ([run.rows[-1][name] for run in runs] for name in ("train_acc", "test_acc"))
-        spread = f" ± {statistics.stdev(test):.2f}" if len(runs) > 1 else ""
-        figures = f"{statistics.fmean(train):.2f} | {statistics.fmean(test):.2f}{spread}" if runs else "- | not measured yet"
-        name = "`fast`, taught by `strong`" if recipe in taught else f"`{recipe}`"
-        cost = compute(config, TEACHER_WIDTH.get(recipe, 0))
-        lines.append(f"| ours, {name} | {network} | {config.epochs} | {cost:.2g} | {figures} | {len(runs)} |")
-    for name, peer in peers().items():
-        about = describe_network(peer.net)
-        lines.append(f"| {name} | {about['parameters']:,} | {about['multiply_adds'] / 1e6:.2f} M | | | | "
-                     f"{'> ' if peer.required else ''}{peer.accuracy:.2f} | |")
+        mean, std, count = accuracy(recipe)
+        train = f"{statistics.fmean(run.rows[-1]['train_acc'] for run in runs):.2f}" if runs else "-"
+        name = "`fast`, taught by `strong`" if recipe == TAUGHT else f"`{recipe}`"
+        lines.append(f"| {name} | `{commands.get(recipe, f'python main.py --recipe {recipe}')}` | {config.epochs} "
+                     f"| {compute(config, TEACHER_WIDTH.get(recipe, 0)):.2g} | {train} "
+                     f"| {plus_minus(mean, std) if runs else 'not measured yet'} | {count} |")
     return "\n".join(lines)
+
+
+def peer_table() -> str:
+    """What other networks cost and reach, beside ours."""
+    lines = ["| network | parameters | multiply-adds | ms an image | test % |", "|---|---:|---:|---:|---:|"]
+    mean, std, _ = accuracy("strong")
+    figures = {"this one, `strong`": (OURS, Net(), plus_minus(mean, std))} | {
+        name: (name, peer.net, f"{'> ' if peer.required else ''}{peer.accuracy:.2f}") for name, peer in peers().items()}
+    for label, (name, net, reached) in figures.items():
+        about = describe_network(net)
+        lines.append(f"| {label} | {about['parameters']:,} | {about['multiply_adds'] / 1e6:.2f} M | {latencies()[name]} "
+                     f"| {reached} |")
+    return "\n".join(lines)
+
+
+def picture_points() -> list[Point]:
+    """The networks in the picture."""
+    names = {"strong": "strong", TAUGHT: "fast, taught by strong", "baseline": "baseline", "fast": "fast", "best": "best"}
+    reached = {label: accuracy(recipe)[:2] for recipe, label in names.items() if recipe_runs(recipe)}
+    points = make_points(read_rows((RESULTS / "inference.txt").read_text()), reached)
+    ours = next(point for point in points if point.kind == "ours")
+    return [*points, Point("this network,\nas published", "published", ours.latency, PUBLISHED[79][1])]
+
+
+def comparison() -> str:
+    """What `compare` prints of the committed runs."""
+    runs = [run for recipe in ("fast", "strong", TAUGHT) for run in recipe_runs(recipe)]
+    return "```\n" + as_text(make_tables(runs, read_run(REFERENCE))).strip() + "\n```"
 
 
 def first_sentence(path: Path) -> str:
@@ -124,14 +187,14 @@ def structure() -> str:
     return "```\n" + "\n".join(lines) + "\n```"
 
 
-def result(name: str) -> str:
-    """A benchmark's result as it was printed."""
-    return "```\n" + (ROOT / "benchmarks" / "results" / f"{name}.txt").read_text().rstrip() + "\n```"
+def results() -> dict[str, str]:
+    """The results of the benchmarks as they were printed, by name: "training speed" of training_speed.txt."""
+    return {path.stem.replace("_", " "): "```\n" + path.read_text().rstrip() + "\n```" for path in RESULTS.glob("*.txt")}
 
 
 def experiments(name: str) -> list[dict[str, str]]:
     """The rows of an experiments.csv that `compare` wrote."""
-    with open(ROOT / "benchmarks" / "results" / f"{name}.csv", newline="") as file:
+    with open(RESULTS / f"{name}.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -163,22 +226,31 @@ def changes_table(name: str) -> str:
     return "\n".join(lines)
 
 
+@cache
+def tables() -> dict[str, str]:
+    """Every table by its name."""
+    return results() | {
+        "structure": structure(), "result": result_line(), "rows": first_rows(), "log": log_table(), "recipes": recipe_table(),
+        "peers": peer_table(), "stages": stage_table(), "compare": comparison(),
+        "single changes": changes_table("single_changes"), "recipe changes": changes_table("recipe_changes"),
+        "recipe at length": runs_table("recipe_at_length"), "fast changes": changes_table("fast_changes"),
+        "strong changes": changes_table("strong_changes")}
+
+
+def documents() -> list[Path]:
+    """The texts that people read."""
+    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def updated(text: str) -> str:
-    """The `text` of README.md or LEARNINGS.md with every table made anew."""
-    tables = {"structure": structure(), "rows": first_rows(), "log": log_table(), "recipes": recipe_table(), "stages": stage_table(),
-              "training speed": result("training_speed"),
-              "dilated": result("dilated"),
-              "training profile": result("training_profile"), "same training": result("same_training"),
-              "checkpoint overhead": result("checkpoint_overhead"), "inference": result("inference"),
-              "inference profile": result("inference_profile"), "single changes": changes_table("single_changes"),
-              "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
-              "fast changes": changes_table("fast_changes"), "strong changes": changes_table("strong_changes")}
-    for name, table in tables.items():
+    """The `text` of a document with every table made anew."""
+    for name, table in tables().items():
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         text = re.sub(f"{begin}.*?{end}", lambda _, new=f"{begin}\n{table}\n{end}": new, text, flags=re.DOTALL)  # type: ignore[misc]
     return text
 
 
 if __name__ == "__main__":
-    for document in (ROOT / "README.md", ROOT / "LEARNINGS.md", *sorted((ROOT / "docs").glob("*.md"))):
+    for document in documents():
         document.write_text(updated(document.read_text(encoding="utf-8")), encoding="utf-8")
+    draw(picture_points(), PICTURE)
