@@ -36,7 +36,7 @@ from runs.finding import next_number, refuse_run_folder
 from runs.record import make_record
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
-from runs.weights import check_teacher, find_teacher
+from runs.weights import Weights, check_teacher, find_teacher
 from runs.writer import RunWriter, resume_run, start_run
 from training.capture import make_step
 from training.dilated import use_fast_dilated_convs
@@ -62,17 +62,19 @@ EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
 RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 
-def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE) -> Path:
-    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run."""
+def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE, images: Images | None = None,
+          teacher: Weights | None = None) -> Path:
+    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run;
+    `images` and `teacher` are handed over where there may be no files of them: on a cluster."""
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
-    teacher = processes.decide(lambda: find_teacher(config))  # before any image is downloaded
+    teacher = teacher or processes.decide(lambda: find_teacher(config))  # before any image is downloaded
     set_determinism(config)
     device = find_device(processes.device_name(config.device))
 
     # Images, and what augments and normalizes them
-    images = processes.load_images(load_images, config)
+    images = images or processes.load_images(load_images, config)
     config = resolve_dataset(config, images)
     images = images.hold_out(config.validation)
     mean, std = images.statistics()
