@@ -124,8 +124,8 @@ def _parse_sweep(line: list[str]) -> Namespace:
     parser.add_recipe()
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--on", default="here", metavar="WHERE",
-                        help="here: one run after another, in this process; ray: several at a time, on Ray, which is started on "
-                        "this machine unless RAY_ADDRESS names a cluster; ray://HOST:PORT: on that cluster (default: here)")
+                        help="here: one run after another, in this process; ray: several at a time, on Ray, which is started "
+                        "on this machine unless RAY_ADDRESS names a cluster; ray://HOST:PORT: on that cluster (default: here)")
     parser.add_argument("--cpus-per-run", type=int, metavar="N",
                         help="CPU cores of a run on Ray, and its --threads (default: --threads, or else 1)")
     parser.add_argument("--gpus-per-run", type=float, metavar="N",

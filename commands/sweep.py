@@ -1,10 +1,12 @@
 """python main.py sweep: train the runs that have not been made, then compare all runs."""
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
 from commands import compare
+from commands.start import CAPS
 from experiments.claims import remove_stale_claims
 from experiments.cluster import make_runs_on_ray
 from experiments.sweep import Outcome, PlannedRun, Train, make_runs_here, plan_runs
@@ -17,7 +19,9 @@ def run(arguments: Namespace, train: Train) -> int:
         plan = plan_runs(arguments.configs)
         outcomes = make_runs_here(plan, train)
     else:
-        plan, outcomes = make_runs_on_ray(arguments.configs, arguments.on, arguments.cpus_per_run, arguments.gpus_per_run)
+        capped = {name: os.environ[name] for name in CAPS if name in os.environ}  # --instruction-set
+        plan, outcomes = make_runs_on_ray(arguments.configs, arguments.on, arguments.cpus_per_run, arguments.gpus_per_run,
+                                          capped)
     print_outcomes(plan, outcomes)
     compare.run(Namespace(log_dir=arguments.log_dir, runs=[]))
     return int(arguments.on != "here" and any(outcome in (Outcome.FAILED, Outcome.DIVERGED) for outcome in outcomes))

@@ -9,7 +9,7 @@ import signal
 import tempfile
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,9 +23,8 @@ from experiments.claims import CLAIMS, claim
 from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
 from images.dataset import Images
 from images.loading import load_images
-from runs.checkpoint import CHECKPOINT
 from runs.files import make_run_folder, write
-from runs.finding import PREVIOUS_CHECKPOINT, RunState, next_number
+from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
 from runs.resuming import LOCK
 from runs.weights import Weights, find_teacher
@@ -115,18 +114,20 @@ def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> Result:
 
 # ---------------------------------------------------------------- in the process that the user started
 
-def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float | None) -> tuple[list[PlannedRun], list[Outcome]]:
+def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float | None,
+                     variables: Mapping[str, str]) -> tuple[list[PlannedRun], list[Outcome]]:
     """Make the runs that `configs` describe as tasks of Ray. Returns the plan and what became of each run.
 
-    `on`: "ray", or the address of a cluster. Each run has `cpus` cores, which are its threads, and `gpus` GPUs (None: one, where
-    the cluster has any).
+    `on`: "ray", or the address of a cluster. Each run has `cpus` cores, which are its threads, and `gpus` GPUs (None: one,
+    where the cluster has any). `variables` are added to the environment of the workers.
     """
-    ray = _import_ray()
+    address = os.environ.get("RAY_ADDRESS") if on == "ray" else on
+    ray = _import_ray(address)
     plan = plan_runs([replace(config, threads=cpus) for config in configs])
     with ExitStack() as stack:
         outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
-            stack.enter_context(_connected(ray, on, configs[0]))
+            stack.enter_context(_connected(ray, address, variables))
             _make_missing(ray, plan, outcomes, cpus, gpus)
     return plan, [outcome for outcome in outcomes if outcome]
 
@@ -209,8 +210,11 @@ def _marked(log_dir: Path) -> Iterator[Marker]:
         path.unlink(missing_ok=True)
 
 
-def _import_ray() -> Any:
+def _import_ray(address: str | None) -> Any:
+    """The package. Without an address of a cluster it will listen on the loopback interface alone."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports home otherwise
+    if not address:  # this is the default on macOS and Windows; on Linux Ray would listen on all interfaces
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a later default, which Ray otherwise announces
     try:
         import ray
@@ -220,10 +224,10 @@ def _import_ray() -> Any:
 
 
 @contextmanager
-def _connected(ray: Any, on: str, config: Config) -> Iterator[None]:
+def _connected(ray: Any, address: str | None, variables: Mapping[str, str]) -> Iterator[None]:
     """Join the cluster, or start Ray on this machine, on the loopback interface, for the body."""
-    address = os.environ.get("RAY_ADDRESS") if on == "ray" else on
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "runtime_env": _environment(address, config)}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR",
+                               "runtime_env": _environment(address, variables)}
     if address:
         options["address"] = address
     else:
@@ -244,12 +248,9 @@ def _connected(ray: Any, on: str, config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def _environment(address: str | None, config: Config) -> dict[str, Any]:
-    """How workers find this program, with the variables that --instruction-set has set."""
-    from commands.start import CAPS
-
-    variables = {name: os.environ[name] for name in CAPS if config.instruction_set == "avx2" and name in os.environ}
+def _environment(address: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
+    """How workers find this program: where it is, or in a copy that Ray sends to the machines of a cluster."""
     if not address:
-        return {"env_vars": variables | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
+        return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
     folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
-    return {"env_vars": variables, "working_dir": str(ROOT), "excludes": [f"/{name}" for name in folders]}
+    return {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": [f"/{name}" for name in folders]}
