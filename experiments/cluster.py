@@ -28,7 +28,7 @@ from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
 from runs.resuming import LOCK
 from runs.weights import Weights, find_teacher
-from training.errors import StopRequested, as_user_errors
+from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
 from training.machine import available_cores
 
 ROOT = Path(__file__).parents[1]
@@ -127,8 +127,9 @@ def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float 
     with ExitStack() as stack:
         outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
+            signals = stack.enter_context(_noted_signals())
             stack.enter_context(_connected(ray, address, variables))
-            _make_missing(ray, plan, outcomes, cpus, gpus)
+            _make_missing(ray, plan, outcomes, cpus, gpus, signals)
     return plan, [outcome for outcome in outcomes if outcome]
 
 
@@ -142,8 +143,9 @@ def _claim(planned: PlannedRun, stack: ExitStack) -> Outcome | None:
     return {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}.get(state)
 
 
-def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome | None], cpus: int, gpus: float | None) -> None:
-    """Make the runs that have no outcome yet, and fill it in as each ends."""
+def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome | None], cpus: int, gpus: float | None,
+                  signals: list[int]) -> None:
+    """Make the runs that have no outcome yet, and fill it in as each ends. Stops when there is something in `signals`."""
     total = ray.cluster_resources()
     gpus = gpus if gpus is not None else min(1, total.get("GPU", 0))
     for name, wanted in (("CPU", cpus), ("GPU", gpus)):
@@ -158,18 +160,20 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome |
                    for number, planned in enumerate(plan) if outcomes[number] is None}
         print(f"{len(running)} runs on Ray: {total.get('CPU', 0):g} CPU cores, {total.get('GPU', 0):g} GPUs", flush=True)
         with tqdm(total=len(running), desc="sweep", disable=None, leave=False, dynamic_ncols=True, bar_format=BAR) as bar:
-            try:
-                while running:
-                    for reference in ray.wait(list(running), timeout=1)[0]:
-                        number = running.pop(reference)
-                        outcomes[number], line = _collect(ray, reference, plan[number])
-                        with bar.external_write_mode():
-                            print(f"{plan[number].description}: {line}", flush=True)
-                        bar.update()
-            except (StopRequested, KeyboardInterrupt) as error:
-                _cancel(ray, list(running))
-                error.add_note("the runs have saved their epochs; repeat the sweep to go on")
-                raise
+            while running and not signals:
+                for reference in ray.wait(list(running), timeout=0.5)[0]:
+                    number = running.pop(reference)
+                    outcomes[number], line = _collect(ray, reference, plan[number])
+                    with bar.external_write_mode():
+                        print(f"{plan[number].description}: {line}", flush=True)
+                    bar.update()
+        if running:
+            for reference in running:
+                ray.cancel(reference, force=False)  # as Ctrl-C, after which a run saves its epochs
+            ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+            error = StopRequested(signals[0])
+            error.add_note("the runs have saved their epochs; repeat the sweep to go on")
+            raise error
 
 
 def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, str]:
@@ -189,12 +193,26 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
     return result.outcome, f"{accuracy}{name}"
 
 
-def _cancel(ray: Any, references: list[Any]) -> None:
-    """Interrupt the runs as Ctrl-C does, and wait until they have saved their epochs."""
-    for reference in references:
-        ray.cancel(reference, force=False)
-    with contextlib.suppress(StopRequested, KeyboardInterrupt):  # a second Ctrl-C
-        ray.wait(references, num_returns=len(references), timeout=GRACE)
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """The signals that came in the body and asked the program to end. Ray's calls don't bear an exception from a handler. A
+    second signal ends the process at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

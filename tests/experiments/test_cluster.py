@@ -27,7 +27,9 @@ from runs.resuming import lock_run
 from training.errors import Diverged
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # before Ray is imported
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None or sys.platform == "win32", reason="Ray is not installed")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None or sys.platform == "win32",
+                               reason="Ray is not installed")
+NODE = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
 
 
 @pytest.fixture
@@ -174,9 +176,8 @@ def two_nodes():
     """A cluster of two nodes of one core."""
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 1, "node_ip_address": "127.0.0.1", "object_store_memory": 100_000_000}
-    nodes = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
-    nodes.second = nodes.add_node(**node)
+    nodes = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    nodes.add_node(**NODE)
     yield nodes
     nodes.shutdown()
 
@@ -217,6 +218,8 @@ def kill_a_worker(raylet: int) -> None:
             continue
         if parent == raylet and "train_run" in title:
             os.kill(int(stat.parent.name), signal.SIGKILL)
+            return
+    pytest.fail("no worker trains")
 
 
 @needs_ray
@@ -227,7 +230,7 @@ def test_it_does_with_a_worker_or_a_node_lost(line, on_ray, two_nodes, tmp_path,
     """Of eight runs of 40 epochs."""
     here = start_program(*line("--epochs", "40", "--seeds", "4", "--lr", "0.02,0.05", logs="here"))
     assert here.wait(300) == 0
-    node = two_nodes.add_node(num_cpus=1, node_ip_address="127.0.0.1", object_store_memory=100_000_000) if lost == "node" else None
+    node = two_nodes.add_node(**NODE) if lost == "node" else None
     program = start_program(*line("--epochs", "40", *on_ray), interval=0)
     try:
         logs = tmp_path / "logs"
