@@ -5,6 +5,7 @@ The processes meet in a file instead of at a port, and gloo uses the loopback in
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_NETWORK, SMALL, figures, one_line, only_run, weights_of
+from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, weights_of
 from torch import nn
 from tqdm import tqdm
 
@@ -345,3 +346,61 @@ def test_one_process_of_a_machine_loads_the_images_before_its_others(tmp_path):
     (kind, _, ended), (kind_1, started, _) = ((tmp_path / f"load-{rank}").read_text().split() for rank in range(2))
     assert (kind, kind_1) == ("auto", "synthetic")  # what auto is, the first decides
     assert float(ended) <= float(started)
+
+
+# ---------------------------------------------------------------- torchrun itself
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+dist.rendezvous = lambda *_, **__: iter([(dist.FileStore({store!r} + attempt, 2), int(os.environ["RANK"]), 2)])
+import main
+from runs import writer
+from commands.start import run_line
+writer.INTERVAL = 0
+train_epoch, epochs = main.train_epoch, iter(range(100))
+def acting(*arguments):
+    if next(epochs) == 2 and attempt == "0":
+        {action}
+    return train_epoch(*arguments)
+main.train_epoch = acting
+sys.exit(run_line(sys.argv[1:], main.train))
+"""
+
+
+def torchrun(tmp_path, pictures, action: str, *options: str) -> subprocess.Popen:
+    """torchrun with two processes, of which those that `action` says die before the third epoch."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), store=str(tmp_path / "store"), action=action))
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d",
+         f"--rdzv-endpoint={tmp_path / 'rendezvous'}", "--rdzv-conf=store_type=file", "--rdzv-id=test", *options,
+         str(tmp_path / "script.py"), "--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path / "logs"),
+         *SMALL, "--epochs", "4"],
+        env=os.environ | NO_NETWORK | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_torchruns_restart_goes_on_with_the_run(tmp_path, pictures):
+    kill = 'os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)'
+    program = torchrun(tmp_path, pictures, kill, "--max-restarts=1")
+    out, err = program.communicate(timeout=LIMIT)
+    assert program.returncode == 0, err
+    assert len(read_run(only_run(tmp_path)).rows) == 4
+    assert out.count("run: ") == 2
+    assert "error: another process of this run has ended; epochs 0 to 1 are safe" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_torchrun_ends_all_processes(tmp_path, pictures, number):
+    program = torchrun(tmp_path, pictures, 'print("now", flush=True) or __import__("time").sleep(60)')
+    while "now" not in program.stdout.readline():
+        assert program.poll() is None
+    program.send_signal(number)
+    _, err = program.communicate(timeout=LIMIT)
+    assert program.returncode != 0
+    assert err.count(f"stopped by {number.name}; epochs 0 to 1 are safe") == 1
+    assert run_state(only_run(tmp_path)) is RunState.UNFINISHED
