@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from analysis.identity import describe_network
@@ -35,11 +36,12 @@ from runs.finding import REFERENCE, next_number, refuse_run_folder
 from runs.record import SUMMARY, make_record, read_run
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
-from runs.weights import check_teacher, find_teacher
+from runs.weights import Weights, check_teacher, find_teacher
 from runs.writer import RunWriter, resume_run, start_run
 from training.capture import make_step
 from training.dilated import use_fast_dilated_convs
 from training.distillation import Distillation
+from training.distributed import ALONE, NoWriter, Processes, synchronize_norms, whole_sizes
 from training.epoch import check_output, evaluate, train_epoch
 from training.machine import (
     available_cores,
@@ -60,32 +62,36 @@ EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
 RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 
-def train(config: Config, unfinished: Unfinished | None = None) -> Path:
-    """Train a new run, or an unfinished one to its end. Returns the run's folder."""
+def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE, images: Images | None = None,
+          teacher: Weights | None = None) -> Path:
+    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run;
+    `images` and `teacher` are handed over where there may be no files of them: on a cluster."""
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
-    teacher = find_teacher(config)  # before any image is downloaded
+    teacher = teacher or processes.decide(lambda: find_teacher(config))  # before any image is downloaded
     set_determinism(config)
-    device = find_device(config.device)
+    device = find_device(processes.device_name(config.device))
 
     # Images, and what augments and normalizes them
-    images = load_images(config.dataset, config.data_dir)
+    images = images or processes.load_images(load_images, config)
     config = resolve_dataset(config, images)
     images = images.hold_out(config.validation)
     mean, std = images.statistics()
     policies = make_policies(config, mean, std)
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
-                     threads=config.threads or available_cores())
+                     threads=config.threads or max(1, available_cores() // processes.local_size))
 
     # Network, optimizer, loss. The learning rate is a function of the config and the epoch: training/schedule.py
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
-    net = Net(len(images.class_names), config.dropout, config.width).to(device).to(memory_format=memory_format(device))
+    net: nn.Module = Net(len(images.class_names), config.dropout, config.width)
+    net = net.to(device).to(memory_format=memory_format(device))
     check_output(net, len(images.class_names), device)
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
+    net = synchronize_norms(net, processes, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")
     distillation = None
@@ -93,21 +99,29 @@ def train(config: Config, unfinished: Unfinished | None = None) -> Path:
         check_teacher(teacher, config, images)
         teacher_net = teacher.build_net().to(device).to(memory_format=memory_format(device))
         distillation = Distillation(teacher_net, config.teacher_share, config.temperature)
-    step = make_step(net, optimizer, device, config, distillation)
+    step = make_step(net, optimizer, device, config, distillation, processes)
 
     # Records: what the run is, and what it leaves on disk
-    machine = {"device": describe_device(device), "instruction_set": instruction_set()}
+    machine = {"device": describe_device(device), "instruction_set": instruction_set(), **processes.describe()}
     record = make_record(config, network, images, machine, next_number(Path(config.log_dir)), teacher.name if teacher else "")
-    writer = (resume_run(unfinished, config, record, net, optimizer) if unfinished
-              else start_run(config, record, net, optimizer))
+    if not processes.is_first:
+        writer: RunWriter | NoWriter = NoWriter()
+    elif unfinished:
+        writer = resume_run(unfinished, config, record, net, optimizer)
+    else:
+        writer = start_run(config, record, net, optimizer)
 
-    with writer, closing(make_batches(config, images, policies, device)) as batches:
+    with writer, closing(make_batches(config, images, policies, device, processes.share_of)) as batches:
         writer.start_log(network_summary)
+        processes.share_state(net, optimizer)
         run_epochs(config, images, batches, step, writer)
+        if isinstance(writer, NoWriter):
+            return writer.folder
         writer.finish()
         print_result(writer.folder)
         if config.pictures:
-            draw_pictures(net, batches, images, policies["train"], device, writer.folder)
+            with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
+                draw_pictures(net, whole, images, policies["train"], device, writer.folder)
     print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
     return writer.folder
 
@@ -130,12 +144,13 @@ def print_result(folder: Path) -> None:
     print(f"Everything is in {folder}")
 
 
-def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
+def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter | NoWriter) -> None:
     """Train and test for the epochs that are left; after each, save its row of the log, and a checkpoint if one is due."""
-    first = len(writer.rows)
-    progress = tqdm(total=config.epochs, initial=first, desc="run", disable=None if config.epochs > 1 else True,
-                    leave=False, dynamic_ncols=True, bar_format=RUN_BAR)
-    with progress, event_writer(config.tensorboard, writer.folder, first) as events:
+    processes = step.metrics.processes
+    first = processes.decide(lambda: len(writer.rows))
+    progress = tqdm(total=config.epochs, initial=first, desc="run", leave=False, dynamic_ncols=True, bar_format=RUN_BAR,
+                    disable=None if config.epochs > 1 and processes.is_first else True)
+    with progress, event_writer(config.tensorboard and processes.is_first, writer.folder, first) as events:
         for epoch in range(first, config.epochs):
             last = epoch == config.epochs - 1
             row = run_epoch(config, images, batches, step, epoch, last)
@@ -150,22 +165,23 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
 
 def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoch: int, last: bool) -> dict[str, float]:
     """Train for one epoch, then evaluate. Returns the epoch's row of the log."""
-    started, net, device = time.perf_counter(), step.net, step.device
-    seed_torch(config.seed, epoch + 1)
+    started, net, device, processes = time.perf_counter(), step.net, step.device, step.metrics.processes
+    seed_torch(config.seed, epoch + 1, processes.rank)
 
     def rate(images_trained_on: int) -> float:
         return learning_rate(config, epoch + images_trained_on / len(images.train))
 
-    progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, disable=None, leave=False,
-                    dynamic_ncols=True, bar_format=EPOCH_BAR)
+    progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, leave=False,
+                    dynamic_ncols=True, bar_format=EPOCH_BAR, disable=None if processes.is_first else True)
     with progress:
-        train_result = train_epoch(step, batches.shuffled("train", epoch), rate, progress)
+        train_result = train_epoch(step, batches.shuffled("train", epoch), rate, progress,
+                                   whole_sizes(len(images.train), config.batch_size))
     row = {"epoch": epoch, "lr": rate(0), "train_loss": train_result.loss, "train_acc": train_result.accuracy}
     if config.validation:
-        row["val_loss"], row["val_acc"] = evaluate(net, batches.in_order("validation"), device)
+        row["val_loss"], row["val_acc"] = evaluate(net, batches.in_order("validation"), device, processes)
     # Whoever chooses settings by the validation images must not see the test images before the end.
     hidden = config.validation and not last
-    row["test_loss"], row["test_acc"] = NOT_MEASURED if hidden else evaluate(net, batches.in_order("test"), device)
+    row["test_loss"], row["test_acc"] = NOT_MEASURED if hidden else evaluate(net, batches.in_order("test"), device, processes)
     row["seconds"] = time.perf_counter() - started
     return row
 

@@ -1,6 +1,6 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import albumentations as A
 import numpy as np
@@ -23,13 +23,14 @@ class DeviceBatches:
     """All batches of a run, from images that lie on the device as uint8. The same calls as WorkerBatches."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
-                 device: torch.device) -> None:
-        """`splits` and `policies` have the same keys. Raises Unsupported."""
+                 device: torch.device, share_of: Callable[[int], slice] = slice) -> None:
+        """`splits` and `policies` have the same keys; `share_of` says which part of a batch of that many images to make. Raises
+        Unsupported."""
         height, width = next(iter(splits.values())).images.shape[1:3]
         self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
         self.images = {name: torch.from_numpy(split.images).to(device) for name, split in splits.items()}
         self.labels = {name: torch.from_numpy(split.labels).to(device) for name, split in splits.items()}
-        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
         self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
         self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by split
 
@@ -62,10 +63,13 @@ class DeviceBatches:
         drawn = self.drawn.pop((split, epoch)) if (split, epoch) in self.drawn else self._draw(split, epoch, order)
         on_device, parameters = drawn
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
-        together = batch_size * max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else batch_size
-        for indices in on_device.split(together):
+        together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1
+        parts = [whole[self.share_of(len(whole))] for whole in on_device.split(batch_size)]
+        for start in range(0, len(parts), together):
+            sizes = [len(part) for part in parts[start:start + together]]
+            indices = torch.cat(parts[start:start + together])
             made = policy(images[indices], [values[indices] for values in parameters])
-            yield from zip(made.split(batch_size), labels[indices].split(batch_size), strict=True)
+            yield from zip(made.split(sizes), labels[indices].split(sizes), strict=True)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """On the device, without waiting for it."""

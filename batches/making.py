@@ -1,5 +1,7 @@
 """Make the batches of a run: whole ones on the device, or image by image in worker processes."""
 
+from collections.abc import Callable
+
 import albumentations as A
 import torch
 
@@ -40,9 +42,12 @@ def resolve_batches(batches: str, policies: Policies, images: Images, device: to
     return "device"
 
 
-def make_batches(config: Config, images: Images, policies: Policies, device: torch.device) -> Batches:
-    """The batches of all three splits, made as `config.batches` says: "device" or "workers"."""
+def make_batches(config: Config, images: Images, policies: Policies, device: torch.device,
+                 share_of: Callable[[int], slice] = slice) -> Batches:
+    """The batches of all three splits, made as `config.batches` says: "device" or "workers". Of each, the
+    part that `share_of` says for its size; by default all."""
     splits = {"train": images.train, "validation": images.validation, "test": images.test}
     if config.batches == "device":
-        return DeviceBatches(splits, policies, config.batch_size, config.seed, device)
-    return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, pin_memory=device.type == "cuda")
+        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of)
+    return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, device.type == "cuda",
+                         share_of)

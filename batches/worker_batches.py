@@ -5,7 +5,7 @@ import random
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import albumentations as A
 import cv2
@@ -46,13 +46,15 @@ class WorkerBatches:
     """All batches of a run, from one set of workers that serves every split and lives as long as the run."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
-                 workers: int, pin_memory: bool = False) -> None:
-        """`splits` and `policies` have the same keys; `pin_memory` is for copies to a GPU."""
+                 workers: int, pin_memory: bool = False, share_of: Callable[[int], slice] = slice) -> None:
+        """`splits` and `policies` have the same keys; `pin_memory` is for copies to a GPU; `share_of` says which part of a
+        batch of that many images to make."""
         cv2.setNumThreads(0)
         self.sizes, self.batch_size, self.seed = {name: len(split) for name, split in splits.items()}, batch_size, seed
         method = _start_method() if workers else None
         if method == "forkserver":  # imported once, not by every worker
             multiprocessing.set_forkserver_preload(["torch", "albumentations"])
+        self.share_of = share_of
         self.requests: list[tuple[str, int, np.ndarray]] = []  # the items of the next pass
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: the user's choice
         # A forked worker has the images already; another would get them pickled, a copy each, unless they are shared.
@@ -76,8 +78,8 @@ class WorkerBatches:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _run(self, split: str, epoch: int, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        self.requests[:] = [(split, epoch, order[start:start + self.batch_size])
-                            for start in range(0, len(order), self.batch_size)]
+        whole = [order[start:start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        self.requests[:] = [(split, epoch, indices[self.share_of(len(indices))]) for indices in whole]
         return iter(self.loader)
 
 

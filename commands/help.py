@@ -7,6 +7,7 @@ TRAIN = """Train the network on CIFAR-10, and write what happened to logs/.
     python main.py --data-dir ~/data            use, or download to, ~/data/cifar-10-batches-py
     python main.py --dataset folder --data-dir pictures     pictures/train/<class>/*, pictures/test/<class>/*
     python main.py --resume                     resume the newest unfinished run
+    torchrun --standalone --nproc-per-node=gpu main.py      one run on all GPUs (docs/cluster.md)
 
 Other commands (python main.py COMMAND --help):
 
@@ -23,6 +24,7 @@ SWEEP = """Train a run for each combination of the values, and for each seed; th
 
     python main.py sweep --lr 0.01,0.05,0.1 --seeds 3 --epochs 8 --validation 5000
     python main.py sweep --one-at-a-time --flip-p 0.5,0 --dropout 0,0.1,0.2 --epochs 8 --validation 5000
+    python main.py sweep --lr 0.01,0.05 --seeds 5 --on ray --gpus-per-run 0.25      several at a time (docs/cluster.md)
 
 A setting with several values, separated by commas, varies; one with a single value has it in every run. With
 --one-at-a-time, one run has the defaults, and each other value varies alone. Repeat the command after an interruption:

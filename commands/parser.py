@@ -123,6 +123,13 @@ def _parse_sweep(line: list[str]) -> Namespace:
     parser = Parser("sweep", texts.SWEEP)
     parser.add_recipe()
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
+    parser.add_argument("--on", default="here", metavar="WHERE",
+                        help="here: one run after another, in this process; ray: several at a time, on Ray, which is started "
+                        "on this machine unless RAY_ADDRESS names a cluster; ray://HOST:PORT: on that cluster (default: here)")
+    parser.add_argument("--cpus-per-run", type=int, metavar="N",
+                        help="CPU cores of a run on Ray, and its --threads (default: --threads, or else 1)")
+    parser.add_argument("--gpus-per-run", type=float, metavar="N",
+                        help="GPUs of a run on Ray; 0.25 lets four runs share one (default: 1 where there are GPUs, else 0)")
     parser.add_argument("--one-at-a-time", action="store_true", help="vary each setting alone, not all combinations")
     for name, field in SETTINGS.items():
         if name in FIXED:
@@ -131,6 +138,8 @@ def _parse_sweep(line: list[str]) -> Namespace:
             parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]")
     given = vars(parser.parse(line))
     seeds, one_at_a_time, recipe = (given.pop(name) for name in ("seeds", "one_at_a_time", "recipe"))
+    on, cpus, gpus = (given.pop(name) for name in ("on", "cpus_per_run", "gpus_per_run"))
+    _check_cluster(on, cpus, gpus, given.get("threads", 0))
     if not 1 <= seeds <= 1000:
         raise UserError(f"--seeds is {seeds}, but must lie in 1 to 1000")
     base = recipe | {name: value for name, value in given.items() if name in FIXED}
@@ -145,7 +154,22 @@ def _parse_sweep(line: list[str]) -> Namespace:
         changes = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
     configs = [Config(**(base | change | {"seed": seed})) for seed in range(seeds) for change in changes]
     _tell_threads(configs[0].threads)
-    return Namespace(configs=configs, log_dir=configs[0].log_dir)
+    return Namespace(configs=configs, log_dir=configs[0].log_dir, on=on, cpus_per_run=cpus or configs[0].threads or 1,
+                     gpus_per_run=gpus)
+
+
+def _check_cluster(on: str, cpus: int | None, gpus: float | None, threads: int) -> None:
+    """Check where a sweep is to run, and what each run is to have there."""
+    if on not in ("here", "ray") and not on.startswith("ray://"):
+        raise UserError(f"--on is {on!r}, but must be here, ray or ray://HOST:PORT")
+    if on == "here" and (cpus is not None or gpus is not None):
+        raise UserError("--cpus-per-run and --gpus-per-run are for --on ray: add it, or leave them out")
+    if cpus is not None and not 1 <= cpus <= 1024:
+        raise UserError(f"--cpus-per-run is {cpus}, but must lie in 1 to 1024")
+    if cpus and threads and cpus != threads:
+        raise UserError(f"--threads is {threads} and --cpus-per-run {cpus}: they are the same, so leave one of them out")
+    if gpus is not None and not (0 <= gpus <= 64 and (gpus <= 1 or gpus == int(gpus))):
+        raise UserError(f"--gpus-per-run is {gpus}, but must be a fraction of one, or a whole number up to 64")
 
 
 def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:

@@ -59,6 +59,8 @@ def run(arguments: Namespace, train: Callable) -> int:
 
     try:
         with stop_on_signals(), as_user_errors():
+            if arguments.verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError(f"torchrun trains one run: start python main.py {arguments.verb} without it")
             command = importlib.import_module(f"commands.{arguments.verb}")
             return command.run(arguments, train) if arguments.verb in ("train", "sweep") else command.run(arguments) or 0
     except BaseException as error:

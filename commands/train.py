@@ -2,15 +2,42 @@
 
 from argparse import Namespace
 from collections.abc import Callable
+from pathlib import Path
 
-from runs.resuming import load_unfinished
+from config import Config, UserError
+from runs.finding import RunState
+from runs.jobs import find_job_run
+from runs.resuming import MOVABLE, Unfinished, load_unfinished
+from training.distributed import join_processes
+from training.errors import Diverged
 
 
 def run(arguments: Namespace, train: Callable) -> int:
-    """Train the run that `arguments.config` describes, or resume the one that `arguments.resume` names."""
-    if arguments.resume is None:
-        train(arguments.config)
-    else:
-        unfinished = load_unfinished(arguments.resume, arguments.given)
-        train(unfinished.config, unfinished)
+    """Train the run that `arguments.config` describes, or resume the one that `arguments.resume` names, in this process or in
+    all that torchrun has started."""
+    with join_processes() as processes:
+        unfinished = find_unfinished_run(arguments) if processes.is_first else None  # whose lock the first process holds
+        config = processes.decide(lambda: unfinished.config if unfinished else arguments.config)
+        if config is None:
+            print("the run of this job is finished")
+            return 0
+        if config.batch_size < processes.size:
+            raise UserError(f"--batch-size is {config.batch_size}, but the run has {processes.size} processes, which share "
+                            "each batch: give it at least as many images")
+        train(config, unfinished, processes)
     return 0
+
+
+def find_unfinished_run(arguments: Namespace) -> Unfinished | None:
+    """The run to resume: the one that this job began before torchrun restarted it, or the one that is named. None for a new
+    run, and for one that the job has finished, where `arguments.config` is set to None."""
+    given, name = arguments.given, arguments.resume
+    state, folder = find_job_run(Path(given.get("log_dir", Config.log_dir))) or (RunState.FOREIGN, Path())
+    if state is RunState.DIVERGED:
+        raise Diverged(f"run {folder.name} has diverged: to start it again would only repeat this")
+    if state is RunState.FINISHED:
+        arguments.config = None
+        return None
+    if state is RunState.UNFINISHED:
+        name, given = str(folder), {setting: value for setting, value in given.items() if setting in MOVABLE}
+    return None if name is None else load_unfinished(name, given)

@@ -31,6 +31,7 @@ class Outcome(Enum):
     PRESENT = "finished before"
     DIVERGED = "diverged"
     ELSEWHERE = "under way elsewhere"
+    FAILED = "failed"  # on a cluster, where it stops no other
 
 
 @dataclass(frozen=True)
@@ -92,30 +93,35 @@ def find_matching_run(planned: PlannedRun) -> tuple[RunState, Path] | None:
 
 def make_run(planned: PlannedRun, train: Train) -> Outcome:
     """Train the run, or resume it, unless it was made before or another process is making it."""
-    config = planned.config
-    with claim(Path(config.log_dir), planned.key) as is_ours:
+    with claim(Path(planned.config.log_dir), planned.key) as is_ours:
         if not is_ours:
             print("under way in another sweep: skipped")
             return Outcome.ELSEWHERE
-        state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
-        if state is RunState.FINISHED:
-            print(f"is finished: {folder.name}")
-            return Outcome.PRESENT
-        if state is RunState.DIVERGED:
-            print(f"diverged: {folder.name}")
-            return Outcome.DIVERGED
-        if state is RunState.UNFINISHED and _is_running(folder):
-            print(f"under way in another process: skipped ({folder.name})")
-            return Outcome.ELSEWHERE
-        try:
-            if state is RunState.UNFINISHED:
-                unfinished = load_unfinished(str(folder), {name: getattr(config, name) for name in MOVABLE})
-                train(unfinished.config, unfinished)
-            else:
-                train(config)
-        except Diverged as error:
-            print(f"diverged: {error}")
-            return Outcome.DIVERGED
+        return make_claimed_run(planned, train)
+
+
+def make_claimed_run(planned: PlannedRun, train: Train) -> Outcome:
+    """Train the run, which this process has claimed, or resume it, unless it was made before."""
+    config = planned.config
+    state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
+    if state is RunState.FINISHED:
+        print(f"is finished: {folder.name}")
+        return Outcome.PRESENT
+    if state is RunState.DIVERGED:
+        print(f"diverged: {folder.name}")
+        return Outcome.DIVERGED
+    if state is RunState.UNFINISHED and _is_running(folder):
+        print(f"under way in another process: skipped ({folder.name})")
+        return Outcome.ELSEWHERE
+    try:
+        if state is RunState.UNFINISHED:
+            unfinished = load_unfinished(str(folder), {name: getattr(config, name) for name in MOVABLE})
+            train(unfinished.config, unfinished)
+        else:
+            train(config)
+    except Diverged as error:
+        print(f"diverged: {error}")
+        return Outcome.DIVERGED
     return Outcome.TRAINED
 
 

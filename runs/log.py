@@ -82,11 +82,14 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
         f"config: {' '.join(changed)} (all others are defaults; config.json has them all)",
         f"network: {network['parameters']:,} parameters, {network['multiply_adds']:,} multiply-adds, "
         f"receptive field {network['receptive_field'] or 'unknown'}",
-        "device: " + machine["device"] + (f", {machine['instruction_set']}" if "instruction_set" in machine else ""),
+        "device: " + machine["device"] + (f", {machine['instruction_set']}" if "instruction_set" in machine else "")
+        + (f", {machine['processes']} processes" if "processes" in machine else ""),
         "versions: " + ", ".join(f"{package} {version}" for package, version in record["versions"].items()),
     ]
     if data["kind"] == "synthetic":
         lines.insert(1, "DEMONSTRATION on built-in drawn shapes: no figure here says anything about CIFAR-10")
+    if "processes" in machine and machine["device"].startswith("cpu"):
+        lines.append("batch normalization: in training by the images of each process; saved are the statistics of the first")
     return lines + record["notes"]
 
 

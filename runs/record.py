@@ -42,10 +42,11 @@ class Run:
     summary: dict[str, Any] | None
 
 
-def make_record(config: Config, network: Mapping[str, Any], images: Images, machine: Mapping[str, str], number: int,
+def make_record(config: Config, network: Mapping[str, Any], images: Images, machine: Mapping[str, Any], number: int,
                 teacher: str) -> Record:
-    """The content of config.json. `network` is that of analysis.identity.describe_network, `machine` has the device and the
-    instruction set, `number` counts the runs of a log folder, `teacher` names the teacher's weights wherever they lie."""
+    """The content of config.json. `network` is that of analysis.identity.describe_network, `machine` has the device, the
+    instruction set, and the number of processes where there are several, `number` counts the runs of a log folder, `teacher`
+    names the teacher's weights wherever they lie."""
     mean, std = images.statistics()
     return {
         "number": number,

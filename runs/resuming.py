@@ -43,7 +43,7 @@ class Unfinished:
             raise UserError(f"run {name} began with another network than model.py has now: put {self.folder / MODEL} in its "
                             "place, or start a new run")
         now, then = ({"threads": each["config"]["threads"], "batches": each["config"].get("batches", "workers"),
-                      **each["machine"], **each["versions"]} for each in (record, before))
+                      "processes": 1, **each["machine"], **each["versions"]} for each in (record, before))
         changes = [f"{key} {value} -> {now.get(key)}" for key, value in then.items()
                    if not _same_version(str(now.get(key)), str(value))]
         notes = [*before["notes"], *self.notes]

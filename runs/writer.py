@@ -15,6 +15,7 @@ from config import Config
 from runs.checkpoint import State, cloned, pack, write_checkpoint
 from runs.files import make_run_folder, remove_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
+from runs.jobs import mark_job
 from runs.log import AccuracyLog, Row, comments
 from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
 from runs.resuming import Unfinished, lock_run
@@ -44,6 +45,7 @@ class RunWriter:
     def start_log(self, network_summary: str) -> None:
         """Write config.json and the logs, and print the log's comments and header."""
         write(self.folder / CONFIG, as_json(self.record))
+        mark_job(self.folder)
         self.log.start(network_summary)
         self._write_best()  # a crash may have come between a checkpoint and this
         print("\n".join(self.log.comments), end="\n\n", flush=True)

@@ -85,7 +85,7 @@ def test_the_learning_rates_of_the_baseline(run, tmp_path, monkeypatch):
     """All 80 epochs through the program, each cut short: the rates are the scheduler's, not the test's."""
     rates = []
 
-    def epoch(step, batches, learning_rate, bar):
+    def epoch(step, batches, learning_rate, *_):
         rates.append(learning_rate(47))  # of the epoch's last step, too
         return Result(1.0, 10.0)
 

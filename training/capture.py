@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from config import Config
 from training.distillation import Distillation
+from training.distributed import ALONE, Processes
 from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
 from training.step import Step, TrainStep
 
@@ -18,14 +19,16 @@ Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and label
 
 
 def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
-              distillation: Distillation | None = None) -> Step:
+              distillation: Distillation | None = None, processes: Processes = ALONE) -> Step:
     """A training step, captured where `config.capture` wants it and the device can. Prints why not where it was asked for."""
-    step = TrainStep(net, optimizer, device, config.label_smoothing, distillation)
+    step = TrainStep(net, optimizer, device, config.label_smoothing, distillation, processes)
     if config.capture == "off":
         return step
     reason = ""
     if device.type != "cuda" or config.batches != "device":
         reason = "that needs CUDA, and batches made on the device"
+    elif processes.size > 1:
+        reason = "that needs a run of one process"
     elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
         reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
     if not reason:

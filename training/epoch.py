@@ -1,7 +1,7 @@
 """Train one epoch; evaluate a network once."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from config import UserError
 from images.dataset import SIDE
+from training.distributed import ALONE, Processes
 from training.machine import cudnn_search, memory_format
 from training.metrics import Result
 from training.schedule import set_learning_rate
@@ -18,29 +19,40 @@ from training.step import Step, autocast
 BatchStream = Iterable[tuple[Tensor, Tensor]]  # images float32 N x 3 x H x W, labels int64 N
 
 
-def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int], float], bar: tqdm) -> Result:
+def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int], float], bar: tqdm,
+                sizes: Iterator[int] | None = None) -> Result:
     """Train on each batch, with the network in training mode. `learning_rate` is given the number of images that this epoch
-    has trained on so far. Returns the mean loss and the accuracy of the epoch. Raises Diverged when the loss is not finite."""
+    has trained on so far. Returns the mean loss and the accuracy of the epoch. Raises Diverged when the loss is not finite.
+
+    Where `batches` are this process's parts, `sizes` are those of the whole batches."""
     step.net.train()
-    metrics, shown = step.metrics, time.monotonic()
+    metrics, shown, trained = step.metrics, time.monotonic(), 0
     metrics.reset()
     for images, labels in batches:
-        set_learning_rate(step.optimizer, learning_rate(metrics.images))
+        set_learning_rate(step.optimizer, learning_rate(trained))
         step(*_to_device(images, labels, step.device))
         step.first_done = step.first_done or time.perf_counter()
         metrics.images += len(labels)
-        bar.update(len(labels))
-        if time.monotonic() - shown > 1:
+        count = next(sizes) if sizes else len(labels)
+        trained += count
+        bar.update(count)
+        if step.metrics.processes.is_first and time.monotonic() - shown > 1:
             shown = time.monotonic()
             latest = metrics.latest()
             if latest is not None:
                 bar.set_postfix_str(f"loss {latest.checked().loss:.4f}, accuracy {latest.accuracy:.2f} %", refresh=False)
+    metrics.processes.share_buffers(step.net)
     return metrics.result().checked()
 
 
-def evaluate(net: nn.Module, batches: BatchStream, device: torch.device) -> Result:
-    """Cross-entropy and accuracy of the network in evaluation mode. Raises Diverged when the loss is not finite."""
+def evaluate(net: nn.Module, batches: BatchStream, device: torch.device, processes: Processes = ALONE) -> Result:
+    """Cross-entropy and accuracy of the network in evaluation mode, on what `batches` of all processes hold. Raises Diverged
+    when the loss is not finite."""
     logits, labels = predict(net, batches, device)
+    if processes.size > 1:
+        loss, correct, images = processes.sum(F.cross_entropy(logits, labels, reduction="sum").item(),
+                                              (logits.argmax(1) == labels).sum().item(), len(labels))
+        return Result(loss / images, 100 * correct / images).checked()
     sums = torch.stack((F.cross_entropy(logits, labels), (logits.argmax(1) == labels).sum().float()))
     loss, correct = sums.tolist()  # one copy from the device
     return Result(loss, 100 * correct / len(labels)).checked()

@@ -90,12 +90,13 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def seed_torch(seed: int, epoch: int) -> None:
-    """Make torch's own random numbers (the network's initialization, dropout) a function of (seed, epoch).
+def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
+    """Make torch's own random numbers (the network's initialization, dropout) a function of (seed, epoch), and of
+    the process where there are several.
 
-    The two are hashed because torch's CPU generator looks at 32 bits of its seed only.
+    They are hashed because torch's CPU generator looks at 32 bits of its seed only.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank) if rank else (seed, epoch)).generate_state(1)[0]))
 
 
 def keep_freed_memory() -> None:

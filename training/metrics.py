@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from training.distributed import ALONE, Processes
 from training.errors import Diverged
 
 
@@ -25,7 +26,8 @@ class Result(NamedTuple):
 class Metrics:
     """Sums of the loss and of correct predictions, kept on the device so that adding to them never waits for it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, processes: Processes = ALONE) -> None:
+        self.processes = processes
         self.sums = torch.zeros(2, device=device)  # loss, correct predictions
         self.images = 0
         self.on_cuda = device.type == "cuda"
@@ -45,14 +47,17 @@ class Metrics:
         self.images, self.copied = 0, None
 
     def result(self) -> Result:
-        """Loss and accuracy so far. Waits for the device."""
-        return self._result(self.sums, self.images)
+        """Loss and accuracy so far, of all processes. Waits for the device, and for them."""
+        if self.processes.size == 1:
+            return self._result(self.sums, self.images)
+        loss, correct, images = self.processes.sum(*self.sums.tolist(), self.images)
+        return Result(loss=loss / images, accuracy=100 * correct / images)
 
     def latest(self) -> Result | None:
-        """Loss and accuracy so far, without waiting: on CUDA those of the previous call, or None while their copy is under
-        way."""
+        """Loss and accuracy so far, of this process, without waiting: on CUDA those of the previous call, or None while their
+        copy is under way."""
         if not self.on_cuda:
-            return self.result()
+            return self._result(self.sums, self.images) if self.images else None
         if self.copy is None:
             self.copy = torch.zeros(2, pin_memory=True)
         arrived = self.copied is not None and self.copied.query()

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.distillation import Distillation
+from training.distributed import ALONE, Processes
 from training.machine import cudnn_search, has_bfloat16
 from training.metrics import Metrics
 
@@ -32,16 +33,21 @@ class TrainStep:
     """Trains on one batch and adds it to the metrics, without waiting for the device."""
 
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
-                 label_smoothing: float, distillation: Distillation | None = None) -> None:
+                 label_smoothing: float, distillation: Distillation | None = None, processes: Processes = ALONE) -> None:
         self.net, self.optimizer, self.device = net, optimizer, device
         self.label_smoothing, self.distillation = label_smoothing, distillation
-        self.metrics, self.autocast = Metrics(device), autocast(device)
+        self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
         self.note = ""
         self.first_done = 0.0
         self.full_batch = 0  # images of the first batch
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
+        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device: this process's part of a batch."""
+        if not len(images) and self.device.type == "cpu":  # BatchNorm would divide by zero; SyncBatchNorm needs every process
+            self.optimizer.zero_grad()
+            self.processes.average_gradients(self.net, 0)
+            self.optimizer.step()
+            return
         self.full_batch = self.full_batch or len(images)
         with cudnn_search(len(images) == self.full_batch):  # not for an epoch's short last batch
             with self.autocast, counting_batches_together(self.net, self.device):
@@ -52,8 +58,10 @@ class TrainStep:
                     loss = self.distillation.loss(loss, logits, images)
             self.optimizer.zero_grad()
             loss.backward()
+            self.processes.average_gradients(self.net, len(images))
             self.optimizer.step()
-            self.metrics.add(loss, logits, labels)
+            if len(images):
+                self.metrics.add(loss, logits, labels)
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -68,7 +76,8 @@ def counting_batches_together(net: nn.Module, device: torch.device) -> Iterator[
     Layers without a momentum average by the count, so they keep their own."""
     modules = net.modules() if device.type == "cuda" else ()
     counts = [(layer, layer.num_batches_tracked) for layer in modules if isinstance(layer, _BatchNorm) and layer.training
-              and layer.momentum is not None and layer.num_batches_tracked is not None]
+              and layer.momentum is not None and layer.num_batches_tracked is not None
+              and not isinstance(layer, nn.SyncBatchNorm)]  # which insists on counting
     for layer, _ in counts:
         layer._buffers["num_batches_tracked"] = None  # then the layer doesn't count
     try:

@@ -49,11 +49,11 @@ def stop_in_epoch(monkeypatch):
     def arrange(number: int):
         calls = iter(range(number, -1, -1))
 
-        def stopped(step, batches, learning_rate, bar):
+        def stopped(step, batches, *rest):
             if next(calls, None) == 0:
-                train_epoch(step, [next(iter(batches))], learning_rate, bar)  # some weights have moved
+                train_epoch(step, [next(iter(batches))], *rest)  # some weights have moved
                 signal.raise_signal(signal.SIGINT)
-            return train_epoch(step, batches, learning_rate, bar)
+            return train_epoch(step, batches, *rest)
 
         monkeypatch.setattr(main, "train_epoch", stopped)
 

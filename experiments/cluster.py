@@ -1,0 +1,274 @@
+"""The runs of a sweep as tasks of Ray, on this machine or on a cluster."""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config import Config, UserError
+from experiments.claims import CLAIMS, claim
+from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
+from images.dataset import Images
+from images.loading import load_images
+from runs.files import make_run_folder, write
+from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
+from runs.record import CONFIG, as_json, read_summary
+from runs.resuming import LOCK
+from runs.weights import Weights, find_teacher
+from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
+from training.machine import available_cores
+
+ROOT = Path(__file__).parents[1]
+OUTPUT = "output.txt"  # in a run's folder: what it printed
+RETRIES = 3  # of a run whose worker or node died
+GRACE = 30.0  # seconds that runs have to save their epochs after Ctrl-C
+LEFT_BEHIND = (CHECKPOINT, PREVIOUS_CHECKPOINT, LOCK)  # what of a run made elsewhere doesn't come back
+INSTALL = "python -m pip install -r requirements-ray.txt"
+BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} runs, {remaining} left"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a worker returns of a run. `files` holds the run's folder where the log folder is not shared with the worker."""
+
+    outcome: Outcome
+    message: str = ""  # why it failed
+    accuracy: float | None = None
+    folder: str = ""  # its name
+    files: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A file in the log folder. A worker that finds it there shares the folder."""
+
+    log_dir: str  # absolute
+    name: str
+    token: str
+
+    def is_here(self) -> bool:
+        """Whether this process sees the file."""
+        with contextlib.suppress(OSError):
+            return (Path(self.log_dir) / "runs" / CLAIMS / self.name).read_text() == self.token
+        return False
+
+
+# ---------------------------------------------------------------- in a worker
+
+def train_run(planned: PlannedRun, images: Images, teacher: Weights | None, marker: Marker) -> Result:
+    """Train the run in a worker of Ray, in the shared log folder or else in one that is deleted afterwards."""
+    import main  # which nothing else imports; a worker loads it by name
+
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's shared memory, which is only read
+    if marker.is_here():
+        return _train_in(Path(marker.log_dir), planned, partial(main.train, images=images, teacher=teacher))
+    log_dir = Path(tempfile.mkdtemp(prefix="sweep-"))
+    try:
+        result = _train_in(log_dir, planned, partial(main.train, images=images, teacher=teacher))
+        folder = log_dir / "runs" / result.folder
+        files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in LEFT_BEHIND}
+        return replace(result, files=files if result.outcome in (Outcome.TRAINED, Outcome.DIVERGED) else {})
+    finally:
+        shutil.rmtree(log_dir, ignore_errors=True)
+
+
+def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> Result:
+    """Make the run in `log_dir`. What it prints goes to a file, which lies in its folder afterwards."""
+    planned = replace(planned, config=replace(planned.config, log_dir=str(log_dir)))
+    output = log_dir / "runs" / CLAIMS / f"{planned.key}.txt"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    message = ""
+    with open(output, "a", buffering=1) as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            with as_user_errors():
+                outcome = make_claimed_run(planned, train)
+        except (UserError, OSError) as error:
+            outcome, message = Outcome.FAILED, str(error)
+            print("; ".join([f"error: {error}", *getattr(error, "__notes__", [])]))
+        except Exception as error:  # a bug stops no other run either
+            outcome, message = Outcome.FAILED, f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+    state, folder = find_matching_run(planned) or (RunState.FOREIGN, None)
+    if folder is None:
+        return Result(outcome, message or "it left no folder")
+    if outcome is not Outcome.ELSEWHERE:
+        with open(folder / OUTPUT, "a") as file:
+            file.write(output.read_text())
+    output.unlink()
+    accuracy = read_summary(folder)["test_acc"] if state is RunState.FINISHED else None
+    return Result(outcome, message, accuracy, folder.name)
+
+
+# ---------------------------------------------------------------- in the process that the user started
+
+def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float | None,
+                     variables: Mapping[str, str]) -> tuple[list[PlannedRun], list[Outcome]]:
+    """Make the runs that `configs` describe as tasks of Ray. Returns the plan and what became of each run.
+
+    `on`: "ray", or the address of a cluster. Each run has `cpus` cores, which are its threads, and `gpus` GPUs (None: one,
+    where the cluster has any). `variables` are added to the environment of the workers.
+    """
+    address = os.environ.get("RAY_ADDRESS") if on == "ray" else on
+    ray = _import_ray(address)
+    plan = plan_runs([replace(config, threads=cpus) for config in configs])
+    with ExitStack() as stack:
+        outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
+        if None in outcomes:
+            signals = stack.enter_context(_noted_signals())
+            stack.enter_context(_connected(ray, address, variables))
+            _make_missing(ray, plan, outcomes, cpus, gpus, signals)
+    return plan, [outcome for outcome in outcomes if outcome]
+
+
+def _claim(planned: PlannedRun, stack: ExitStack) -> Outcome | None:
+    """Claim the run until the end of the sweep. None where it is to be made."""
+    if not stack.enter_context(claim(Path(planned.config.log_dir), planned.key)):
+        return Outcome.ELSEWHERE
+    state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
+    if state is RunState.FINISHED:
+        print(f"{planned.description} is finished: {folder.name}")
+    return {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}.get(state)
+
+
+def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome | None], cpus: int, gpus: float | None,
+                  signals: list[int]) -> None:
+    """Make the runs that have no outcome yet, and fill it in as each ends. Stops when there is something in `signals`."""
+    total = ray.cluster_resources()
+    gpus = gpus if gpus is not None else min(1, total.get("GPU", 0))
+    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+        if max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0) < wanted:
+            raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: give less")
+    task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
+    images = ray.put(load_images(plan[0].config.dataset, plan[0].config.data_dir))
+    weights = {config.teacher: config for config in (planned.config for planned in plan)}
+    teachers = {name: ray.put(find_teacher(config)) for name, config in weights.items()}
+    with _marked(Path(plan[0].config.log_dir)) as marker:
+        running = {task.remote(planned, images, teachers[planned.config.teacher], marker): number
+                   for number, planned in enumerate(plan) if outcomes[number] is None}
+        print(f"{len(running)} runs on Ray: {total.get('CPU', 0):g} CPU cores, {total.get('GPU', 0):g} GPUs", flush=True)
+        with tqdm(total=len(running), desc="sweep", disable=None, leave=False, dynamic_ncols=True, bar_format=BAR) as bar:
+            while running and not signals:
+                for reference in ray.wait(list(running), timeout=0.5)[0]:
+                    number = running.pop(reference)
+                    outcomes[number], line = _collect(ray, reference, plan[number])
+                    with bar.external_write_mode():
+                        print(f"{plan[number].description}: {line}", flush=True)
+                    bar.update()
+        if running:
+            for reference in running:
+                ray.cancel(reference, force=False)  # as Ctrl-C, after which a run saves its epochs
+            ray.wait(list(running), num_returns=len(running), timeout=GRACE)
+            error = StopRequested(signals[0])
+            error.add_note("the runs have saved their epochs; repeat the sweep to go on")
+            raise error
+
+
+def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, str]:
+    """The outcome of a run that has ended, and a line that says it. Puts its folder in place where it was made elsewhere."""
+    try:
+        result: Result = ray.get(reference)
+    except ray.exceptions.RayError as error:
+        return Outcome.FAILED, f"failed: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]})"
+    name = result.folder
+    if result.files:
+        log_dir, files = Path(planned.config.log_dir), dict(result.files)
+        record = json.loads(files[CONFIG]) | {"number": next_number(log_dir)}
+        name = make_run_folder(log_dir, name, files | {CONFIG: as_json(record).encode()}).name
+    if result.outcome is Outcome.FAILED:
+        return result.outcome, f"failed: {result.message}"
+    accuracy = f"{result.accuracy:.2f} % test accuracy, " if result.accuracy is not None else f"{result.outcome.value}, "
+    return result.outcome, f"{accuracy}{name}"
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """The signals that came in the body and asked the program to end. Ray's calls don't bear an exception from a handler. A
+    second signal ends the process at once."""
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        signals.append(number)
+        for each in before:
+            signal.signal(each, signal.SIG_DFL)
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _marked(log_dir: Path) -> Iterator[Marker]:
+    """A marker in the log folder."""
+    marker = Marker(os.path.abspath(log_dir), f"shared-{secrets.token_hex(4)}", secrets.token_hex(16))
+    path = log_dir / "runs" / CLAIMS / marker.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, marker.token)
+    try:
+        yield marker
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _import_ray(address: str | None) -> Any:
+    """The package. Without an address of a cluster it will listen on the loopback interface alone."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports home otherwise
+    if not address:  # this is the default on macOS and Windows; on Linux Ray would listen on all interfaces
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # a later default, which Ray otherwise announces
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(f"--on ray needs the package ray: {INSTALL}") from error
+    return ray
+
+
+@contextmanager
+def _connected(ray: Any, address: str | None, variables: Mapping[str, str]) -> Iterator[None]:
+    """Join the cluster, or start Ray on this machine, on the loopback interface, for the body."""
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR",
+                               "runtime_env": _environment(address, variables)}
+    if address:
+        options["address"] = address
+    else:
+        options |= {"address": "local", "include_dashboard": False, "num_cpus": available_cores(),
+                    "_node_ip_address": "127.0.0.1"}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        raise UserError(f"Ray can't be reached at {address}: start it there (ray start --head), or leave the address out "
+                        f"({str(error).splitlines()[0]})" if address else f"Ray can't be started ({error})") from error
+    finally:
+        for number, handler in handlers.items():  # Ray has its own
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _environment(address: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
+    """How workers find this program: where it is, or in a copy that Ray sends to the machines of a cluster."""
+    if not address:
+        return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
+    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
+    return {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": [f"/{name}" for name in folders]}

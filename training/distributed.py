@@ -1,0 +1,244 @@
+"""One run by several processes, as torchrun starts them: what each does, and what they tell each other."""
+
+import contextlib
+import io
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import Config, UserError
+from images.dataset import Images
+from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
+
+TIMEOUT = timedelta(hours=2)  # for an answer of the others: one of them may be decoding a large folder
+CAUSE = "cause"  # the key under which a process leaves what went wrong for the first one, which prints
+T = TypeVar("T")
+
+
+class ProcessLost(UserError):
+    """Another process of this run has ended."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train one run, seen from one of them. By default there is no other."""
+
+    rank: int = 0
+    size: int = 1  # of them all
+    local_rank: int = 0
+    local_size: int = 1  # of those on this machine
+    store: "dist.Store | None" = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that prints and writes files."""
+        return self.rank == 0
+
+    def describe(self) -> dict[str, int]:
+        """What config.json says of them: their number, where there are several."""
+        return {"processes": self.size} if self.size > 1 else {}
+
+    def device_name(self, name: str) -> str:
+        """Config's name of the device that this process trains on, where the run's is `name`."""
+        if self.size == 1 or name == "cpu" or not torch.cuda.is_available():
+            return name
+        if ":" in name:
+            raise UserError(f"--device is {name}, but each process has a GPU of its own: use --device cuda")
+        return f"cuda:{self.local_rank}"
+
+    def share_of(self, count: int) -> slice:
+        """This process's part of a batch of `count` images. Parts are contiguous and as equal as possible."""
+        small, larger = divmod(count, self.size)
+        start = self.rank * small + min(self.rank, larger)
+        return slice(start, start + small + (self.rank < larger))
+
+    def sum(self, *values: float) -> list[float]:
+        """The sum over all processes of each value, in float64."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(values, dtype=torch.float64)
+        with _as_process_lost(self.store):
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    def decide(self, decision: Callable[[], T]) -> T:
+        """What `decision` returns in the first process, in all of them."""
+        if self.size == 1:
+            return decision()
+        box = [decision() if self.is_first else None]
+        with _as_process_lost(self.store):
+            dist.broadcast_object_list(box, device=torch.device("cpu"))
+        return box[0]  # type: ignore[return-value]
+
+    def average_gradients(self, net: nn.Module, images: int) -> None:
+        """Replace the gradients of this process's part of a batch, of `images` images, by those of the whole batch. Each is
+        weighted by its images, so the parts needn't be equal; one may be empty."""
+        if self.size == 1:
+            return
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        flat = torch.cat([*((images * _gradient(parameter, images)).flatten() for parameter in parameters),
+                          parameters[0].new_full((1,), images)])
+        with _as_process_lost(self.store):
+            dist.all_reduce(flat)
+        means = (flat[:-1] / flat[-1]).split([parameter.numel() for parameter in parameters])
+        for parameter, mean in zip(parameters, means, strict=True):
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(mean.view_as(parameter))
+
+    def share_buffers(self, net: nn.Module) -> None:
+        """Give all processes the buffers of the first one: the statistics of BatchNorm, which training doesn't use. They are
+        those that are tested and saved."""
+        self._share(dict(net.named_buffers()))
+
+    def share_state(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give all processes the network and the state of the optimizer of the first one."""
+        if self.size > 1:
+            self._share(net.state_dict())
+            state = self.decide(lambda: _bytes(optimizer.state_dict()))
+            if not self.is_first:
+                optimizer.load_state_dict(torch.load(io.BytesIO(state), map_location="cpu"))
+
+    def _share(self, tensors: dict[str, Tensor]) -> None:
+        if self.size > 1 and tensors:
+            saved = self.decide(lambda: _bytes(tensors))
+            if not self.is_first:
+                with torch.no_grad():
+                    for name, tensor in torch.load(io.BytesIO(saved), map_location="cpu").items():
+                        tensors[name].copy_(tensor)
+
+    def load_images(self, load: Callable[[str, str], Images], config: Config) -> Images:
+        """`load` the images of the config, one process of a machine before its others, which find what it has downloaded or
+        decoded. The first process decides what "auto" is."""
+        if self.size == 1:
+            return load(config.dataset, config.data_dir)
+        images = load(config.dataset, config.data_dir) if self.is_first else None
+        kind = self.decide(lambda: images.kind if images else "")
+        for turn in (self.local_rank == 0, self.local_rank > 0):
+            if turn and images is None:
+                with contextlib.redirect_stderr(io.StringIO()):  # the first process has told what there is to tell
+                    images = load(kind, config.data_dir)
+            self.sum()  # wait for the others
+        assert images is not None
+        fingerprint = images.fingerprint()
+        if self.decide(lambda: fingerprint) != fingerprint:
+            raise UserError(f"the images in {config.data_dir} are not those of the first process: all machines need the same")
+        return images
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """The processes of this run: those that torchrun has started, or this one alone. Only the first one prints; another leaves
+    it to the first to tell what went wrong."""
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if size == 1:
+        yield ALONE
+        return
+    processes = _join(rank, size)
+    if not processes.is_first:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
+    try:
+        with as_user_errors():
+            yield processes
+    except (UserError, OSError, StopRequested, KeyboardInterrupt) as error:
+        if not processes.is_first:
+            if not isinstance(error, ProcessLost | StopRequested | KeyboardInterrupt) and processes.store:
+                with contextlib.suppress(RuntimeError):
+                    processes.store.set(CAUSE, f"process {rank}: {error}")
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        raise
+    dist.destroy_process_group()
+
+
+def _join(rank: int, size: int) -> Processes:
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the {size} processes can't find each other ({str(error).splitlines()[0]}): start them with torchrun, "
+                        "or unset WORLD_SIZE to train with one") from error
+    return Processes(rank, size, _number("LOCAL_RANK", rank), _number("LOCAL_WORLD_SIZE", size), store)
+
+
+def synchronize_norms(net: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """`net`, in which BatchNorm uses the statistics of the whole batch. PyTorch has that on CUDA only."""
+    if processes.size > 1 and device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    return net
+
+
+def whole_sizes(count: int, batch_size: int) -> Iterator[int]:
+    """The sizes of the batches of `count` images."""
+    return (min(batch_size, count - start) for start in range(0, count, batch_size))
+
+
+class NoWriter:
+    """In place of a RunWriter in the processes that write no files."""
+
+    folder, rows = Path(), ()
+
+    def start_log(self, network_summary: str) -> None:
+        """Nothing."""
+
+    def add_notes(self, *notes: str) -> None:
+        """Nothing."""
+
+    def save_epoch(self, row: dict[str, float], last: bool) -> str:
+        """Nothing."""
+        return ""
+
+    def __enter__(self) -> "NoWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def _as_process_lost(store: "dist.Store | None") -> Iterator[None]:
+    """Raise ProcessLost where a collective operation fails. From then on signals, which torchrun sends to all processes, are
+    ignored: the first one has to save what can be saved."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        cause = "another process of this run has ended"
+        with contextlib.suppress(RuntimeError):
+            if store is not None and store.check([CAUSE]):
+                cause = store.get(CAUSE).decode(errors="replace")
+        raise ProcessLost(cause) from error
+
+
+def _gradient(parameter: nn.Parameter, images: int) -> Tensor:
+    return parameter.grad if images and parameter.grad is not None else torch.zeros_like(parameter)
+
+
+def _bytes(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _number(name: str, default: int) -> int:
+    """An environment variable that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f"{name} is {text!r} in the environment, but must be a number: start with torchrun, or unset it")
+    return int(text)
