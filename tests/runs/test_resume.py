@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 import main
 from config import Config, UserError
 from model import Net
-from runs import checkpoint, writer
+from runs import checkpoint, weights, writer
 from runs.checkpoint import pack, read_newest, unpack
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, run_state
 from runs.record import read_run
@@ -665,3 +665,15 @@ def test_the_signal_handlers_are_put_back():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 
+
+
+def test_checkpoints_weights_and_summary_reach_the_disk_before_they_count(run, monkeypatch):
+    durable = {}
+    for module in (checkpoint, writer, weights):
+        def recorded(path, data, durable_write=False, write=module.write, **named):
+            durable.setdefault(path.name, set()).add(bool(named.get("durable", durable_write)))
+            write(path, data, named.get("durable", durable_write))
+
+        monkeypatch.setattr(module, "write", recorded)
+    assert run("--epochs", "1")[0] == 0
+    assert durable[".tmp-checkpoint.pt"] == durable["summary.json"] == durable["final.safetensors"] == {True}
