@@ -57,8 +57,8 @@ def processes(epochs: int, folder: Path) -> list[str]:
     """Rows of the table: one run by one process and by two, each with one thread; at two widths."""
     rows = []
     for width in (1, 3):
-        line = ["main.py", "--dataset", "synthetic", "--epochs", str(epochs), "--threads", "1", "--no-pictures", "--device", "cpu",
-                "--width", str(width), "--log-dir", str(folder / f"run-{width}")]
+        line = ["main.py", "--dataset", "synthetic", "--epochs", str(epochs), "--threads", "1", "--no-pictures",
+                "--device", "cpu", "--width", str(width), "--log-dir", str(folder / f"run-{width}")]
         alone, _ = seconds([sys.executable, *line])
         shared, _ = seconds([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
                              "--nproc-per-node=2", *line])
@@ -69,7 +69,7 @@ def processes(epochs: int, folder: Path) -> list[str]:
 
 def main() -> None:
     """Measure, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=20)
     arguments = parser.parse_args()
