@@ -255,7 +255,8 @@ def _connected(ray: Any, address: str | None, variables: Mapping[str, str]) -> I
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
-        raise UserError(f"Ray can't be reached at {address}: start it there (ray start --head), or leave the address out "
+        raise UserError(f"Ray can't be reached at {address}: start it there (ray start --head), set its "
+                        f"RAY_AUTH_MODE and RAY_AUTH_TOKEN here too, or leave the address out "
                         f"({str(error).splitlines()[0]})" if address else f"Ray can't be started ({error})") from error
     finally:
         for number, handler in handlers.items():  # Ray has its own

@@ -176,8 +176,11 @@ def two_nodes():
     """A cluster of two nodes of one core."""
     from ray.cluster_utils import Cluster
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     nodes = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
     nodes.add_node(**NODE)
+    for number, handler in handlers.items():  # Ray's would end the tests' process
+        signal.signal(number, handler)
     yield nodes
     nodes.shutdown()
 
