@@ -172,7 +172,7 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome |
                 ray.cancel(reference, force=False)  # as Ctrl-C, after which a run saves its epochs
             ray.wait(list(running), num_returns=len(running), timeout=GRACE)
             error = StopRequested(signals[0])
-            error.add_note("the runs have saved their epochs; repeat the sweep to go on")
+            error.add_note("runs in a shared log folder have saved their epochs; repeat the sweep to resume them")
             raise error
 
 

@@ -263,7 +263,7 @@ def test_ctrl_c_ends_all_runs_and_repeating_goes_on(line, on_ray, tmp_path):
     program.send_signal(signal.SIGINT)
     _, err = program.communicate(timeout=60)
     assert program.returncode == 130
-    assert "stopped by SIGINT; the runs have saved their epochs; repeat the sweep" in one_line(err)
+    assert "stopped by SIGINT; runs in a shared log folder have saved their epochs; repeat the sweep" in one_line(err)
     for folder in find_runs(logs):
         assert run_state(folder) is RunState.UNFINISHED
         lock_run(folder).close()  # no worker goes on
