@@ -89,9 +89,9 @@ def test_a_run_augments_its_training_images_only(run, pictures, monkeypatch):
     """The policies that a training run makes its batches with, after --validation has held images out."""
     seen = []
 
-    def spy(config, images, policies, device):
+    def spy(config, images, policies, device, *share_of):
         seen.append((images, policies))
-        return make_batches(config, images, policies, device)
+        return make_batches(config, images, policies, device, *share_of)
 
     monkeypatch.setattr("main.make_batches", spy)
     assert run("--epochs", "1", "--validation", "6")[0] == 0
