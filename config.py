@@ -98,6 +98,9 @@ class Config:
             raise UserError(f"--min-lr is {self.min_lr}, above --lr, {self.lr}: the cosine only falls; lower --min-lr")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov is on but --momentum is 0.0: Nesterov momentum must be above 0")
+        for name in ("data_dir", "log_dir"):
+            if not getattr(self, name):
+                raise UserError(f"{flag(name)} is empty: name a folder")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
         if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):

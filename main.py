@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 
 import math
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from analysis.summary import torch_summary
 from batches.making import Batches, make_batches, make_policies, resolve_batches
 from commands.plot import draw_pictures
 from commands.start import STARTED, run_or_exit
-from config import Config
+from config import Config, UserError
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
+from images.names import printable
 from model import Net
 from runs.finding import REFERENCE, next_number, refuse_run_folder
-from runs.record import SUMMARY, make_record, read_run
+from runs.record import make_record, read_run
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
 from runs.weights import Weights, check_teacher, find_teacher
@@ -137,11 +138,13 @@ def print_result(folder: Path) -> None:
     final, dataset = run.rows[-1], run.record["dataset"]["sha256"]
     print(f"\nFinal test accuracy {final['test_acc']:.2f} %, train {final['train_acc']:.2f} %, after "
           f"{epochs(len(run.rows))} in {sum(row['seconds'] for row in run.rows):,.0f} s")
-    if (REFERENCE / SUMMARY).exists() and (reference := read_run(REFERENCE)).record["dataset"]["sha256"] == dataset:
-        accuracy = reference.rows[-1]["test_acc"]
-        print(f"That is {final['test_acc'] - accuracy:+.2f} points from the reference run, {accuracy:.2f} % after "
-              f"{epochs(len(reference.rows))}")
-    print(f"Everything is in {folder}")
+    with suppress(UserError):  # a reference run that is damaged or gone is no reason to end here
+        reference = read_run(REFERENCE)
+        if reference.record["dataset"]["sha256"] == dataset and reference.rows:
+            accuracy = reference.rows[-1]["test_acc"]
+            print(f"That is {final['test_acc'] - accuracy:+.2f} points from the reference run, {accuracy:.2f} % after "
+                  f"{epochs(len(reference.rows))}")
+    print(f"Everything is in {printable(str(folder))}")
 
 
 def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter | NoWriter) -> None:

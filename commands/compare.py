@@ -9,13 +9,14 @@ from experiments.comparison import Table, make_tables, read_finished
 from experiments.plots import draw_experiments
 from experiments.report import as_csv, as_text
 from runs.files import write
-from runs.finding import REFERENCE, find_runs, named_runs
+from runs.finding import REFERENCE, find_runs, named_runs, refuse_run_folder
 from runs.record import Run, read_run
 
 
 def run(arguments: Namespace) -> None:
     """Print the tables of the runs that `arguments.runs` name, or of all runs; write experiments.csv and experiments.png."""
     log_dir = Path(arguments.log_dir)
+    refuse_run_folder(log_dir)
     runs, left_out = read_finished(_folders(log_dir, arguments.runs))
     if arguments.runs and not runs:
         raise UserError(f"there is nothing to compare: {left_out[0]}; name finished runs")

@@ -106,9 +106,16 @@ def _parse_train(line: list[str]) -> Namespace:
     given = vars(parser.parse(line))
     resume, recipe = given.pop("resume"), given.pop("recipe")
     given = recipe | given
+    if resume is None and "data_dir" in given:
+        given.setdefault("dataset", _named_dataset(given["data_dir"]))
     config = None if resume is not None else Config(**given)
     _tell_threads(given.get("threads", 0))
     return Namespace(given=given, resume=resume, config=config)
+
+
+def _named_dataset(data_dir: str) -> str:
+    """The dataset where the user named a data_dir. The default, typed out, must hold CIFAR-10 like any other."""
+    return "cifar10" if data_dir == Config.data_dir else Config.dataset
 
 
 def _tell_threads(threads: int) -> None:
@@ -152,6 +159,8 @@ def _parse_sweep(line: list[str]) -> Namespace:
                          if value != base.get(name, getattr(Config, name)))]
     else:
         changes = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
+    if "data_dir" in given:
+        base.setdefault("dataset", _named_dataset(given["data_dir"]))
     configs = [Config(**(base | change | {"seed": seed})) for seed in range(seeds) for change in changes]
     _tell_threads(configs[0].threads)
     return Namespace(configs=configs, log_dir=configs[0].log_dir, on=on, cpus_per_run=cpus or configs[0].threads or 1,

@@ -87,6 +87,8 @@ def report(error: BaseException) -> int | None:
         line, status = f"stopped by {stop.name}", 128 + stop
     elif isinstance(error, KeyboardInterrupt):  # before the signal handlers are in place, or after
         line, status = "stopped by SIGINT", 130
+    elif isinstance(error, BrokenPipeError):
+        line, status = "stopped: the output was closed", 2
     elif isinstance(error, UserError | OSError):  # an OSError that nobody foresaw is still the machine's, and names its file
         line, status = f"error: {error}", 2
     elif isinstance(error, MemoryError) or "failed to map segment" in str(error):

@@ -20,6 +20,7 @@ from images.names import printable
 
 TRAINING_FORMATS = ("PNG", "JPEG")  # Pillow's names
 MAX_PIXELS = 25_000_000  # of a file; 200 MB while it is decoded
+MAX_SIDE = 65_500  # pixels, the longest of a JPEG; resizing takes memory that grows with the side
 BAND_PIXELS = 1_000_000  # composited at once
 SINGLE_PROCESS_FILES = 5000  # fewer are decoded sooner than other processes start
 CHUNK_FILES = 16
@@ -45,6 +46,8 @@ def decode(path: str, formats: tuple[str, ...] = TRAINING_FORMATS) -> tuple[np.n
         with Image.open(path, formats=formats) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise _unusable(f"{path} has {image.width} x {image.height} pixels, more than {MAX_PIXELS // 10**6} million")
+            if max(image.size) > MAX_SIDE:
+                raise _unusable(f"{path} has {image.width} x {image.height} pixels, more than {MAX_SIDE:,} on a side")
             if image.mode in ("I", "F"):
                 raise _unusable(f"{path} has pixels of 32 bits, whose range is unknown")
             rgb = _to_rgb(image)

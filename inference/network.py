@@ -47,12 +47,14 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
         weights: where they know the identity of their network, the one that is built must have it.
         model: a model.py whose `Net` to use; None uses ours.
     """
-    net_class = load_net_class(Path(model)) if model else Net
+    net_class = load_net_class(Path(model)) if model is not None else Net
     num_classes = len(weights.class_names)
     try:
         with as_user_errors():
             net = net_class(num_classes, weights.config["dropout"], weights.config["width"])
-    except TypeError as error:
+    except UserError:
+        raise
+    except Exception as error:  # a model.py that the user named may raise anything
         raise UserError(f"Net of {model or MODEL} must take num_classes, dropout and width ({error})") from error
     if weights.identity and weights.identity != network_identity(net):
         raise UserError(f"{weights.path} holds weights of another network than that of {model or MODEL}: "

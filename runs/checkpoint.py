@@ -18,6 +18,7 @@ from runs.record import check_record
 
 State = dict[str, Any]
 KEYS = {"net", "optimizer", "rows", "record", "places"}  # what every checkpoint has; `best` where images are held out
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -110,7 +111,8 @@ def _is_net(value: Any) -> bool:
 
 
 def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and bool(value.isfinite().all())
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested and value.dtype in DTYPES
+    return plain and bool(value.isfinite().all())
 
 
 def read_newest(folder: Path) -> tuple[State, list[str]]:

@@ -112,4 +112,4 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts 2 before 10."""
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]

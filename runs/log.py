@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UserError
+from images.names import printable
 from runs.files import unwritable, write
 
 ACCURACY_LOG, SUMMARY_LOG = "model_accuracy.log", "torch_summary.log"
@@ -90,7 +91,7 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
         lines.insert(1, "DEMONSTRATION on built-in drawn shapes: no figure here says anything about CIFAR-10")
     if "processes" in machine and machine["device"].startswith("cpu"):
         lines.append("batch normalization: in training by the images of each process; saved are the statistics of the first")
-    return lines + record["notes"]
+    return [printable(line) for line in lines + record["notes"]]  # one line each, whatever a folder is called
 
 
 def read_log(path: Path) -> tuple[list[str], list[Row]]:

@@ -109,9 +109,10 @@ def check_record(record: object, path: Path) -> None:
     if not _is(record, SHAPE):
         raise UserError(f"{path} is no config.json of this program, or damaged")
     assert isinstance(record, dict)
+    keys = [*record["config"], *record["machine"], *record["versions"]]
     scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
-    if not all(type(value) in SCALAR for value in scalars) or not len(record["dataset"]["mean"]) == 3 == len(
-            record["dataset"]["deviation"]):
+    whole = all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
+    if not whole or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
         raise UserError(f"{path} is no config.json of this program, or damaged")
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from config import Config, UserError
@@ -97,10 +97,9 @@ def check_teacher(teacher: Weights, config: Config, images: Images) -> None:
 def read_weights(path: Path) -> Weights:
     """The weights in a file that save_weights wrote."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-        header, body = _split(path.read_bytes())
+        data = path.read_bytes()
+        tensors, (header, body) = load(data), _split(data)
+        metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
         digest = hashlib.sha256(body).hexdigest()
         if metadata.get("sha256", digest) != digest or metadata.get("header_sha256", _header_digest(header)) != _header_digest(
                 header):

@@ -159,7 +159,7 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, 
     """Load what the optimizer has learned, such as momentum. Its settings are those it was just made with."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state.items():
-        for value in values.values():
-            if value is not None and value.shape not in (parameters[index].shape, torch.Size()):
+        for name, value in values.items():
+            if value is not None and value.shape != (torch.Size() if name == "step" else parameters[index].shape):
                 raise ValueError(f"the optimizer's state of parameter {index} has the shape {value.shape}")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -179,6 +179,41 @@ def test_an_output_that_cannot_be_written_is_one_line(pictures, tmp_path):
     assert "No space left on device" in one_line(done.stderr)
 
 
+def test_an_output_that_is_closed_is_no_dead_worker(pictures, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", "--dataset", "folder", "--data-dir", pictures, "--log-dir",
+                                tmp_path, "--epochs", "1", "--no-pictures"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 2
+    assert "stopped: the output was closed" in one_line(err)
+
+
+def test_the_default_data_dir_typed_out_must_hold_cifar10(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = command("--data-dir", Config.data_dir, "--log-dir", tmp_path / "logs")
+    assert status == 2
+    assert "CIFAR-10 is not in data" in one_line(err)
+
+
+def test_a_damaged_reference_ends_no_run(run, tmp_path, monkeypatch):
+    (tmp_path / "reference").mkdir()
+    (tmp_path / "reference" / "config.json").write_text("{}")
+    monkeypatch.setattr(main, "REFERENCE", tmp_path / "reference")
+    assert run("--epochs", "1")[0] == 0
+
+
+def test_initialization_and_dropout_follow_the_settings(run, monkeypatch):
+    nets = []
+    monkeypatch.setattr(main, "train_epoch", lambda step, *_: (nets.append(step.net), Result(1.0, 10.0))[1])
+    for settings in (("--seed", "0"), ("--seed", "1"), ("--seed", "0", "--dropout", "0.3")):
+        assert run("--epochs", "1", *settings)[0] == 0
+    first, other, with_dropout = (next(net.parameters()) for net in nets)
+    assert torch.equal(first, with_dropout)
+    assert not torch.equal(first, other)
+    assert [module.p for module in nets[2].modules() if isinstance(module, torch.nn.Dropout)] == [0.3]
+
+
 def test_a_bug_keeps_its_traceback(run, monkeypatch):
     monkeypatch.setattr(main, "train_epoch", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -282,8 +317,8 @@ def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, t
 
 
 def test_a_run_ends_with_where_it_stands_beside_the_reference_run(run, tmp_path, monkeypatch):
-    assert "reference" not in run("--epochs", "1", "--lr", "0.05")[1]  # which is on other images
+    monkeypatch.setattr(main, "evaluate", lambda *_: Result(1.0, 40.0))
+    assert "reference" not in run("--epochs", "1")[1]  # which is on other images
     monkeypatch.setattr(main, "REFERENCE", only_run(tmp_path))
-    _, out, _ = run("--epochs", "1", "--seed", "1")
-    one, other = (read_run(folder).rows[-1]["test_acc"] for folder in find_runs(tmp_path / "logs"))
-    assert f"That is {one - other:+.2f} points from the reference run, {other:.2f} % after 1 epoch\n" in out
+    monkeypatch.setattr(main, "evaluate", lambda *_: Result(1.0, 55.5))
+    assert "That is +15.50 points from the reference run, 40.00 % after 1 epoch\n" in run("--epochs", "1", "--seed", "1")[1]

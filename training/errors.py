@@ -52,7 +52,9 @@ def as_user_errors() -> Iterator[None]:
     """Raise UserError in place of what exhausted memory or a killed worker raises in the body. Bugs pass unchanged."""
     try:
         yield
-    except (EOFError, ConnectionError, MemoryError, RuntimeError, ImportError) as error:
+    except BrokenPipeError:  # whoever read the output has gone; a dead worker resets its connection
+        raise
+    except (EOFError, ConnectionError, MemoryError, RuntimeError, SystemError, ImportError) as error:
         message = _user_message(error)
         if message is None:
             raise
@@ -69,6 +71,8 @@ def _user_message(error: Exception) -> str | None:
         return WORKER_KILLED
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported, because errors are shown before torch is loaded
         return f"the GPU's memory ran out: {FREE_MEMORY}"
+    if isinstance(error, SystemError):  # of a library in C that couldn't get memory to say so
+        return f"memory ran out: {FREE_MEMORY}" if "without exception set" in text or "without setting an" in text else None
     if isinstance(error, ImportError):
         return f"memory ran out: {FREE_MEMORY}" if "failed to map segment" in text else None
     if "shared memory" in text:

@@ -6,6 +6,7 @@ import io
 import re
 
 import pytest
+from conftest import REFERENCE, one_line
 from made_up_runs import NOISE, compared, make_finished
 
 from experiments.report import as_csv, as_text
@@ -84,3 +85,9 @@ def test_the_csv_has_the_figures_unrounded(sweep, tmp_path):
     assert 0 < float(best["detectable"]) < 2
     assert next(row for row in rows if row["run"] == "reference")["differs"] == "-"
     assert [row["test_acc"] for row in rows] == sorted((row["test_acc"] for row in rows), reverse=True)
+
+
+def test_compare_writes_nothing_into_the_folder_of_a_run(command):
+    status, _, err = command("compare", "--log-dir", REFERENCE)
+    assert status == 2
+    assert "is the folder of a run" in one_line(err)

@@ -66,6 +66,12 @@ def test_transparent_parts_are_white_whatever_the_size_of_a_band(tmp_path, monke
 
 # ---------------------------------------------------------------- hostile files
 
+def test_a_long_side_takes_memory_in_resizing_and_is_refused(tmp_path):
+    Image.new("P", (70_000, 1)).save(tmp_path / "line.png")
+    with pytest.raises(UserError, match="more than 65,500 on a side"):
+        decode(str(tmp_path / "line.png"))
+
+
 def test_only_the_named_formats_are_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("Ghostscript was started"))
     (tmp_path / "eps.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n%%EOF\n")

@@ -73,6 +73,12 @@ def test_foreign_folders_are_passed_over(tmp_path, make, content):
     assert named_runs(tmp_path, "mine") == [mine]
 
 
+def test_a_folder_whose_name_has_digits_of_another_kind_is_no_error(tmp_path, make):
+    assert find_runs(tmp_path) == []
+    folder = make("²")
+    assert find_runs(tmp_path) == [folder]
+
+
 @pytest.mark.parametrize("state", RunState)
 def test_the_state_of_a_run(make, state):
     assert run_state(make("x", state=state)) is state

@@ -254,6 +254,7 @@ def test_the_best_weights_belong_to_an_epoch_of_the_newest_checkpoint(tmp_path, 
     now = 100.0
     epoch(1 - 1, 50.0)
     epoch(1, 50.0)  # as good is not better
+    assert run.best["epoch"] == 0
     assert best() == 0
     epoch(2, 60.0)  # no checkpoint is due: a kill now loses this epoch
     assert best() == 0
@@ -298,6 +299,33 @@ def test_a_run_named_by_its_path_keeps_its_copies_above_it(run, command, tmp_pat
     (tmp_path / "some").mkdir()
     assert command("--resume", tmp_path / "some")[0] == 2
     assert not list((tmp_path / "some").iterdir())
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcffb"])
+def test_a_renamed_run_keeps_a_log_of_whole_lines(run, tmp_path, stop_in_epoch, name):
+    stop_in_epoch(1)
+    run("--epochs", "2")
+    only_run(tmp_path).rename(tmp_path / "logs" / "runs" / name)
+    assert run("--resume")[0] == 0
+    assert len(read_run(only_run(tmp_path)).rows) == 2
+    assert read_run(only_run(tmp_path)).comments[0].isprintable()
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["net"].update(x=torch.zeros(2).to(torch.float8_e4m3fn)),
+    lambda state: state["record"]["config"].update({1: "x"}),
+    lambda state: state["optimizer"]["state"][0].update(momentum_buffer=torch.zeros(()))])
+def test_odd_values_under_a_right_checksum_are_one_line(run, tmp_path, stop_in_epoch, change):
+    stop_in_epoch(1)
+    run("--epochs", "2")
+    folder = only_run(tmp_path)
+    state = unpack(folder / CHECKPOINT)
+    change(state)
+    for checkpoint_name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+        (folder / checkpoint_name).write_bytes(pack(state))
+    status, _, err = run("--resume")
+    assert status == 2
+    one_line(err)
 
 
 def test_users_can_torch_load_a_checkpoint(run, tmp_path):
