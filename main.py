@@ -31,7 +31,7 @@ from commands.start import STARTED, run_or_exit
 from config import Config, UserError
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
-from images.names import printable
+from images.names import plural, printable
 from model import Net
 from runs.finding import REFERENCE, next_number, refuse_run_folder
 from runs.record import make_record, read_run
@@ -127,23 +127,18 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     return writer.folder
 
 
-def epochs(count: int) -> str:
-    """1 epoch, 2 epochs."""
-    return f"{count} epoch{'' if count == 1 else 's'}"
-
-
 def print_result(folder: Path) -> None:
     """Print the final accuracies of the run in `folder`, and where it stands beside the reference run."""
     run = read_run(folder)
     final, dataset = run.rows[-1], run.record["dataset"]["sha256"]
     print(f"\nFinal test accuracy {final['test_acc']:.2f} %, train {final['train_acc']:.2f} %, after "
-          f"{epochs(len(run.rows))} in {sum(row['seconds'] for row in run.rows):,.0f} s")
+          f"{plural(len(run.rows), 'epoch')} in {sum(row['seconds'] for row in run.rows):,.0f} s")
     with suppress(UserError):  # a reference run that is damaged or gone is no reason to end here
         reference = read_run(REFERENCE)
         if reference.record["dataset"]["sha256"] == dataset and reference.rows:
             accuracy = reference.rows[-1]["test_acc"]
             print(f"That is {final['test_acc'] - accuracy:+.2f} points from the reference run, {accuracy:.2f} % after "
-                  f"{epochs(len(reference.rows))}")
+                  f"{plural(len(reference.rows), 'epoch')}")
     print(f"Everything is in {printable(str(folder))}")
 
 

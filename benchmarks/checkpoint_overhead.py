@@ -18,21 +18,16 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from analysis.identity import describe_network
-from batches.making import make_batches, make_policies
+from benchmarks.program import make_program
 from config import Config
-from images.loading import load_images
-from model import Net
 from runs.log import Row
 from runs.record import make_record
 from runs.writer import start_run
-from training.capture import make_step
-from training.dilated import use_fast_dilated_convs
 from training.epoch import train_epoch
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,19 +35,13 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(data_dir: str, rounds: int, steps: int) -> str:
     """Measure; returns the text of the result."""
-    images = load_images("cifar10", data_dir)
-    mean, std = images.statistics()
-    device, config = torch.device("cpu"), Config(dataset="cifar10", data_dir=data_dir, batches="device")
-    policies = make_policies(config, mean, std)
-    net = Net().to(memory_format=torch.channels_last)
-    use_fast_dilated_convs(net, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    step = make_step(net, optimizer, device, config)
-    record = make_record(config, describe_network(net), images, {"device": "cpu"}, 1, "")
+    program = make_program(Config(dataset="cifar10", data_dir=data_dir, batches="device", device="cpu"))
+    config, images, step = program.config, program.images, program.step
+    record = make_record(config, describe_network(step.net), images, {"device": "cpu"}, 1, "")
     a_step, a_checkpoint = [], []
     with tempfile.TemporaryDirectory(dir=".") as logs:  # on the disk that holds logs/, not on a file system in memory
-        writer = start_run(replace(config, log_dir=logs), record, net, optimizer)
-        with closing(make_batches(config, images, policies, device)) as batches, tqdm(disable=True) as bar:
+        writer = start_run(replace(config, log_dir=logs), record, step.net, step.optimizer)
+        with closing(program.batches) as batches, tqdm(disable=True) as bar:
             stream = iter(batches.shuffled("train", 0))
             for number in range(rounds):
                 started = time.perf_counter()

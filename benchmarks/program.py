@@ -6,6 +6,7 @@ import torch
 
 from batches.making import Batches, make_batches, make_policies, resolve_batches
 from config import Config
+from images.dataset import Images
 from images.loading import load_images
 from model import Net
 from training.capture import make_step
@@ -19,6 +20,7 @@ class Program:
     """A step that trains, and the batches to train on."""
 
     config: Config
+    images: Images
     device: torch.device
     batches: Batches
     step: Step
@@ -36,4 +38,5 @@ def make_program(config: Config) -> Program:
     use_fast_dilated_convs(net, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")
-    return Program(config, device, make_batches(config, images, policies, device), make_step(net, optimizer, device, config))
+    return Program(config, images, device, make_batches(config, images, policies, device),
+                   make_step(net, optimizer, device, config))

@@ -15,17 +15,16 @@ if sys.version_info < (3, 11):
 
 import contextlib
 import io
-import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from commands.parser import parse
 from config import Config, UserError
 from images.names import printable
+from training.errors import StopRequested, as_user_errors, stop_on_signals
 
 STARTED = time.perf_counter()
 
@@ -55,8 +54,6 @@ def run_or_exit(arguments: Namespace, train: Callable) -> None:
 
 def run(arguments: Namespace, train: Callable) -> int:
     """Run the command that `arguments` name. Returns the exit status; bugs pass as exceptions. `train` is main.train."""
-    from training.errors import as_user_errors, stop_on_signals  # loads torch
-
     try:
         with stop_on_signals(), as_user_errors():
             if arguments.verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -82,9 +79,8 @@ def run_line(line: list[str], train: Callable) -> int:
 
 def report(error: BaseException) -> int | None:
     """Print an error that the user can put right as one line on stderr. Returns the exit status, or None for a bug."""
-    stop = getattr(error, "signal", None)  # a StopRequested, whose module loads torch
-    if stop is not None:
-        line, status = f"stopped by {stop.name}", 128 + stop
+    if isinstance(error, StopRequested):
+        line, status = f"stopped by {error.signal.name}", error.status
     elif isinstance(error, KeyboardInterrupt):  # before the signal handlers are in place, or after
         line, status = "stopped by SIGINT", 130
     elif isinstance(error, BrokenPipeError):
@@ -119,14 +115,10 @@ def _instruction_set(arguments: Namespace) -> str:
         return arguments.config.instruction_set
     if "instruction_set" in arguments.given:
         return arguments.given["instruction_set"]
-    from runs.finding import find_unfinished  # loads NumPy, which --help doesn't need
-    from runs.record import CONFIG
+    from runs.finding import find_unfinished, peek_record  # loads NumPy, which --help doesn't need
 
     folder = find_unfinished(Path(arguments.given.get("log_dir", Config.log_dir)), arguments.resume)
-    with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):  # a damaged one is told later
-        record: Any = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        return str(record["config"]["instruction_set"])
-    return "auto"
+    return peek_record(folder).get("config", {}).get("instruction_set", "auto")
 
 
 def _end_by_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -16,8 +16,9 @@ def run(arguments: Namespace, train: Callable) -> int:
     """Train the run that `arguments.config` describes, or resume the one that `arguments.resume` names, in this process or in
     all that torchrun has started."""
     with join_processes() as processes:
-        unfinished = find_unfinished_run(arguments) if processes.is_first else None  # whose lock the first process holds
-        config = processes.decide(lambda: unfinished.config if unfinished else arguments.config)
+        # the first process, which holds the lock of a run that is resumed, decides for all
+        chosen, unfinished = choose_run(arguments) if processes.is_first else (None, None)
+        config = processes.decide(lambda: chosen)
         if config is None:
             print("the run of this job is finished")
             return 0
@@ -28,16 +29,18 @@ def run(arguments: Namespace, train: Callable) -> int:
     return 0
 
 
-def find_unfinished_run(arguments: Namespace) -> Unfinished | None:
-    """The run to resume: the one that this job began before torchrun restarted it, or the one that is named. None for a new
-    run, and for one that the job has finished, where `arguments.config` is set to None."""
+def choose_run(arguments: Namespace) -> tuple[Config | None, Unfinished | None]:
+    """The config of the run to train, None where this job has finished it; and the run to resume, None for a new one. That is
+    the one that this job began before torchrun restarted it, or the one that is named."""
     given, name = arguments.given, arguments.resume
     state, folder = find_job_run(Path(given.get("log_dir", Config.log_dir))) or (RunState.FOREIGN, Path())
     if state is RunState.DIVERGED:
         raise Diverged(f"run {folder.name} has diverged: to start it again would only repeat this")
     if state is RunState.FINISHED:
-        arguments.config = None
-        return None
+        return None, None
     if state is RunState.UNFINISHED:
         name, given = str(folder), {setting: value for setting, value in given.items() if setting in MOVABLE}
-    return None if name is None else load_unfinished(name, given)
+    if name is None:
+        return arguments.config, None
+    unfinished = load_unfinished(name, given)
+    return unfinished.config, unfinished

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from runs.files import DAY, lock_file, unwritable
+from images.leftovers import DAY
+from runs.files import lock_file, unwritable
 
 CLAIMS = ".claims"  # the folder in `log_dir`/runs; its dot hides it from find_runs
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from experiments.comparison import SettingGroup, Table
 from experiments.statistics import LEVEL, POWER, pooled_std
+from images.names import plural
 
 WIDTH = 80  # characters of a line
 CSV_COLUMNS = ("dataset", "run", "differs", "seeds", "count", "val_acc", "test_acc", "train_acc", "parameters", "multiply_adds",
@@ -66,7 +67,7 @@ def _judgement(table: Table) -> list[str]:
         parts.append(f"All differ from the reference in: {_listed(table.shared)}.")
     parts.append(f"Differences are in points of {table.judged_by} accuracy, ± standard error, from the row with as many epochs "
                  "that differs least from the reference (that row's: from the reference).")
-    known = [f"{std.value:.2f} at {_plural(epochs, 'epoch')}" for epochs, std in sorted(table.stds.items())
+    known = [f"{std.value:.2f} at {plural(epochs, 'epoch')}" for epochs, std in sorted(table.stds.items())
              if std.dof and std.value]
     if known:
         parts.append(f"Standard deviation over seeds: {', '.join(known)}.")
@@ -82,10 +83,6 @@ def _judgement(table: Table) -> list[str]:
 
 def _listed(differs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in differs.items())
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def as_csv(tables: Sequence[Table]) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -37,7 +38,11 @@ class Images:
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255; the latter is at least
-        1/255. Computed from integer sums, so the same to the bit on every machine."""
+        1/255. Computed once, from integer sums, so the same to the bit on every machine."""
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         means, stds = [], []
         for channel in range(3):
             parts = np.array_split(self.train.images[..., channel], len(self.train) // 5000 + 1)
@@ -49,7 +54,12 @@ class Images:
         return tuple(means), tuple(stds)
 
     def fingerprint(self) -> str:
-        """SHA-256 over all pixels, labels and class names: the same for the same data, whatever folder it lies in."""
+        """SHA-256 over all pixels, labels and class names: the same for the same data, whatever folder it lies in. Computed
+        once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(os.fsencode("\0".join(self.class_names)))
         for split in (self.train, self.validation, self.test):
             digest.update(np.ascontiguousarray(split.images).data)

@@ -1,4 +1,4 @@
-"""Names of files and classes, made fit for a terminal and a log."""
+"""Names and counts, made fit for a terminal and a log."""
 
 
 def printable(text: str) -> str:
@@ -11,3 +11,8 @@ def _escape(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # os.fsdecode's form of a byte that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
+
+
+def plural(count: int, noun: str) -> str:
+    """Write a count with its noun: 1 epoch, 2 epochs."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,20 @@ def pack(state: Mapping[str, Any]) -> bytes:
 
 def on_cpu(value: Any) -> Any:
     """`value` with the tensors in its dicts and lists on the CPU: a checkpoint of a GPU must load on a machine without."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
-    if isinstance(value, Mapping):
-        return {key: on_cpu(item) for key, item in value.items()}
-    return [on_cpu(item) for item in value] if isinstance(value, list) else value
+    return _map_tensors(lambda tensor: tensor.cpu(), value)
 
 
 def cloned(value: Any) -> Any:
     """`value` with clones of the tensors in its dicts and lists, on their own device: the next step changes them in place."""
+    return _map_tensors(torch.clone, value)
+
+
+def _map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().clone()
+        return change(value.detach())
     if isinstance(value, Mapping):
-        return {key: cloned(item) for key, item in value.items()}
-    return [cloned(item) for item in value] if isinstance(value, list) else value
+        return {key: _map_tensors(change, item) for key, item in value.items()}
+    return [_map_tensors(change, item) for item in value] if isinstance(value, list) else value
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:

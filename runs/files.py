@@ -6,16 +6,15 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
 from config import UserError
+from images.leftovers import remove_leftovers
 
 TEMPORARY = ".tmp-"  # how the names of half-written files begin
 UNNAMED = ".new-"  # how the names of half-made run folders begin
-DAY = 24 * 3600.0  # seconds
 
 
 def write(path: Path, data: bytes | str, durable: bool = False) -> None:
@@ -110,9 +109,7 @@ def make_run_folder(log_dir: Path, stem: str, files: Mapping[str, bytes | str]) 
         shutil.rmtree(hidden, ignore_errors=True)  # not there any more, once renamed
 
 
-def remove_leftovers(log_dir: Path) -> None:
+def remove_run_leftovers(log_dir: Path) -> None:
     """Remove half-written files and half-made run folders in `log_dir` that killed processes left more than a day ago."""
-    for path in [*log_dir.glob(f"{TEMPORARY}*"), *log_dir.glob(f"runs/{UNNAMED}*"), *log_dir.glob(f"runs/*/{TEMPORARY}*")]:
-        with contextlib.suppress(OSError):  # another program was quicker, or it isn't ours to remove
-            if time.time() - path.stat().st_mtime > DAY:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for pattern in (f"{TEMPORARY}*", f"runs/{UNNAMED}*", f"runs/*/{TEMPORARY}*"):
+        remove_leftovers(log_dir, pattern)

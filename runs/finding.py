@@ -52,7 +52,7 @@ def next_number(log_dir: Path) -> int:
 def named_runs(log_dir: Path, name: str) -> list[Path]:
     """The folders of the runs that a person calls `name`, newest first: by folder name, by --name, or by path."""
     found = [folder for folder in find_runs(log_dir) if name == folder.name
-             or (name in folder.name and name == _record(folder).get("config", {}).get("name"))]
+             or (name in folder.name and name == peek_record(folder).get("config", {}).get("name"))]
     if not name or not (found or Path(name).is_dir()):
         raise UserError(f"there is no run {name!r}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
     return [folder.resolve() for folder in found or [Path(name)]]
@@ -97,11 +97,11 @@ def refuse_run_folder(log_dir: Path) -> None:
 
 
 def _number(folder: Path) -> int:
-    number = _record(folder).get("number", 0)  # runs of before have none
+    number = peek_record(folder).get("number", 0)  # runs of before have none
     return number if isinstance(number, int) else 0
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def peek_record(folder: Path) -> dict[str, Any]:
     """config.json unchecked, {} where it can't be read: for finding, which looks into foreign folders too."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from config import Config, UserError
+from config import Config, UserError, flag
 from runs.checkpoint import State, read_newest
 from runs.files import TEMPORARY, lock_file, unwritable
 from runs.finding import CHECKPOINT, find_unfinished
@@ -73,9 +73,8 @@ def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
     config = restore_config(state["record"]["config"], state["places"], folder)
     for setting, value in given.items():
         if setting not in MOVABLE and value != getattr(config, setting):
-            flag = f"--{setting.replace('_', '-')}"
-            raise UserError(f"{flag} is {value} on the command line, but run {folder.name} has "
-                            f"{getattr(config, setting)}: leave {flag} out, or start a new run")
+            raise UserError(f"{flag(setting)} is {value} on the command line, but run {folder.name} has "
+                            f"{getattr(config, setting)}: leave {flag(setting)} out, or start a new run")
     changed = {setting: value for setting, value in given.items() if setting in MOVABLE}
     if "log_dir" not in given and folder.parent.name == "runs":
         changed["log_dir"] = str(folder.parent.parent)  # the copies of the logs belong above the run

@@ -13,7 +13,7 @@ from torch import nn
 
 from config import Config
 from runs.checkpoint import State, cloned, pack, write_checkpoint
-from runs.files import make_run_folder, remove_leftovers, write
+from runs.files import make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
 from runs.jobs import mark_job
 from runs.log import AccuracyLog, Row, comments
@@ -63,19 +63,19 @@ class RunWriter:
         if "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in self.rows):
             self.best = {"epoch": row["epoch"], "net": cloned(self.net.state_dict())}
         self.rows.append(row)
-        self.unsaved = cloned(self._state())
+        self.unsaved = cloned(_make_state(self.net, self.optimizer, self.rows, self.record, self.paths))
+        if self.best:
+            self.unsaved["best"] = self.best
         if last or time.monotonic() - self.saved_at >= INTERVAL:
             self._write_checkpoint()
         self.log.update()
         return self.log.last_row()
 
-    def finish(self) -> dict[str, float | int]:
-        """Write the final weights, and last the summary, which marks the run as finished. Returns the summary."""
+    def finish(self) -> None:
+        """Write the final weights, and last the summary, which marks the run as finished."""
         save_weights(self.folder / FINAL, self.net.state_dict(), self._metadata())
         self.log.update(durable=True)
-        summary = summarize(self.rows)
-        write(self.folder / SUMMARY, as_json(summary), durable=True)
-        return summary
+        write(self.folder / SUMMARY, as_json(summarize(self.rows)), durable=True)
 
     def __enter__(self) -> "RunWriter":
         return self
@@ -104,10 +104,6 @@ class RunWriter:
             del self.rows[self.saved_epochs:]
             self.log.update()
 
-    def _state(self) -> State:
-        return {"net": self.net.state_dict(), "optimizer": self.optimizer.state_dict(), "rows": self.rows,
-                "record": self.record, "places": dict(self.paths)} | ({"best": self.best} if self.best else {})
-
     def _write_checkpoint(self) -> None:
         if self.unsaved is None:
             return
@@ -134,11 +130,18 @@ def local_paths(config: Config) -> dict[str, str]:
     return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": teacher}
 
 
+def _make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,
+                paths: Mapping[str, str]) -> State:
+    """What a checkpoint holds. The tensors are the network's own."""
+    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "record": record,
+            "places": dict(paths)}
+
+
 def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer) -> RunWriter:
     """Make the folder of a new run, with a checkpoint of its beginning, so that it can be resumed from then on."""
-    remove_leftovers(Path(config.log_dir))
+    remove_run_leftovers(Path(config.log_dir))
     paths = local_paths(config)
-    state = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": [], "record": record, "places": paths}
+    state = _make_state(net, optimizer, [], record, paths)
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
         CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})

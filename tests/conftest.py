@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from images.synthetic import synthetic as draw_synthetic
@@ -45,6 +46,28 @@ def write_folder(root: Path, train: int = 16, test: int = 8, classes: int = 3) -
 def pictures(tmp_path_factory) -> Path:
     """A folder of 48 training and 24 test images in three classes."""
     return write_folder(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def one_thread():
+    """Compute with one thread: small operations are slower on more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def saved(monkeypatch) -> list[Figure]:
+    """The figures that are saved from now on."""
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, path, **how):
+        figures.append(figure)
+        save(figure, path, **how)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return figures
 
 
 @pytest.fixture

@@ -45,13 +45,7 @@ with pytest.warns(UserWarning, match="special case of Affine"):
     GEOMETRY["shift, scale, rotate"] = A.ShiftScaleRotate(border_mode=cv2.BORDER_REFLECT_101, p=0.5)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operations are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def whole_policy(**changes: float) -> A.Compose:

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from experiments.claims import claim, remove_stale_claims
-from runs.files import DAY
+from images.leftovers import DAY
 
 HOLD = """
 import sys

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import pytest
 from matplotlib.collections import PathCollection
-from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -43,16 +42,9 @@ class Comparison:
 
 
 @pytest.fixture
-def axes(monkeypatch):
+def axes(saved):
     """The axes of the figure that is saved, after the drawing: axes() -> Axes."""
-    figures, save = [], Figure.savefig
-
-    def savefig(figure, path, **how):
-        figures.append(figure)
-        save(figure, path, **how)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return lambda: figures[-1].axes[0]
+    return lambda: saved[-1].axes[0]
 
 
 def test_a_row_a_setting_the_best_on_top(tmp_path, axes):

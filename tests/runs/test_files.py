@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from config import UserError
 from runs import files
-from runs.files import lock_file, make_run_folder, remove_leftovers, write
+from runs.files import lock_file, make_run_folder, remove_run_leftovers, write
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
@@ -72,8 +72,8 @@ def test_what_killed_processes_left_is_removed_after_a_day(tmp_path):
         else:
             path.write_text("half")
     (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
-    for path in (*old, tmp_path / "runs" / "mine" / "config.json"):
+    for path in (old[1] / "config.json", *old, tmp_path / "runs" / "mine" / "config.json"):
         os.utime(path, (time.time() - 25 * 3600,) * 2)
-    remove_leftovers(tmp_path)
+    remove_run_leftovers(tmp_path)
     assert not any(path.exists() for path in old)
     assert all(path.exists() for path in (*new, tmp_path / "runs" / "mine" / "config.json"))

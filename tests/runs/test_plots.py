@@ -25,19 +25,6 @@ NAMES = {"accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.p
 STAGES = {"first": 3, "second": 7, "third": 31, "last": 79}
 
 
-@pytest.fixture
-def saved(monkeypatch):
-    """The figures that are saved."""
-    figures, save = [], Figure.savefig
-
-    def savefig(figure, path, **how):
-        figures.append(figure)
-        save(figure, path, **how)
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
-    return figures
-
-
 def words(figure: Figure) -> set[str]:
     return {text.get_text() for text in figure.findobj(Text)}
 

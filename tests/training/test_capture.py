@@ -25,13 +25,7 @@ def make_inner_step(device: torch.device, bias: bool = False) -> TrainStep:
     return TrainStep(net, optimizer, device, 0.1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small operations are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
