@@ -55,7 +55,7 @@ from training.machine import (
     set_determinism,
 )
 from training.metrics import Result
-from training.schedule import learning_rate
+from training.schedule import learning_rate, policy_of
 from training.step import Step
 
 NOT_MEASURED = Result(math.nan, math.nan)
@@ -88,6 +88,10 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net: nn.Module = Net(len(images.class_names), config.dropout, config.width)
+    with torch.no_grad():
+        for name, weights in net.named_parameters():
+            if weights.dim() == 4 and "head" not in name:
+                weights.mul_(config.init_scale)
     net = net.to(device).to(memory_format=memory_format(device))
     check_output(net, len(images.class_names), device)
     network, network_summary = describe_network(net), torch_summary(net, str(device))
@@ -172,7 +176,7 @@ def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoc
     progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, leave=False,
                     dynamic_ncols=True, bar_format=EPOCH_BAR, disable=None if processes.is_first else True)
     with progress:
-        train_result = train_epoch(step, batches.shuffled("train", epoch), rate, progress,
+        train_result = train_epoch(step, batches.shuffled(policy_of(config, epoch), epoch), rate, progress,
                                    whole_sizes(len(images.train), config.batch_size))
     row = {"epoch": epoch, "lr": rate(0), "train_loss": train_result.loss, "train_acc": train_result.accuracy}
     if config.validation:

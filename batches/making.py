@@ -7,7 +7,7 @@ import torch
 
 from batches.device_batches import DeviceBatches
 from batches.device_policy import DevicePolicy, Unsupported
-from batches.policy import test_policy, train_policy
+from batches.policy import test_policy, train_policy, uncropped_policy
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError
 from images.dataset import Images
@@ -17,9 +17,10 @@ Policies = dict[str, A.Compose]
 
 
 def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> Policies:
-    """The policy of each split. `mean` and `std` are each channel's, as fractions of 255."""
+    """The policy of each split, and of training without a crop where there is any. `mean` and `std` are each channel's, as fractions of 255."""
     normalization = test_policy(mean, std)
-    return {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
+    policies = {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
+    return policies | ({"uncropped": uncropped_policy(config, mean, std)} if config.uncropped_share else {})
 
 
 def resolve_batches(batches: str, policies: Policies, images: Images, device: torch.device) -> str:
@@ -46,8 +47,8 @@ def make_batches(config: Config, images: Images, policies: Policies, device: tor
                  share_of: Callable[[int], slice] = slice) -> Batches:
     """The batches of all three splits, made as `config.batches` says: "device" or "workers". Of each, the
     part that `share_of` says for its size; by default all."""
-    splits = {"train": images.train, "validation": images.validation, "test": images.test}
+    splits = {name: getattr(images, "train" if name == "uncropped" else name) for name in policies}
     if config.batches == "device":
-        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of)
+        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of, config.even_draws)
     return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, device.type == "cuda",
                          share_of)

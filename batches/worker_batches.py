@@ -23,8 +23,9 @@ class BatchDataset(Dataset):
     N x 3 x 32 x 32 in channels_last memory, and labels int64, N. `shared` moves images and labels into shared memory."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], seed: int, shared: bool) -> None:
-        self.images = {name: torch.from_numpy(split.images) for name, split in splits.items()}
-        self.labels = {name: torch.from_numpy(split.labels) for name, split in splits.items()}
+        once = {id(split): (torch.from_numpy(split.images), torch.from_numpy(split.labels)) for split in splits.values()}
+        self.images = {name: once[id(split)][0] for name, split in splits.items()}
+        self.labels = {name: once[id(split)][1] for name, split in splits.items()}
         self.policies, self.seed = policies, seed
         if shared:
             for tensor in (*self.images.values(), *self.labels.values()):
@@ -33,13 +34,13 @@ class BatchDataset(Dataset):
     def __getitem__(self, item: tuple[str, int, np.ndarray]) -> tuple[Tensor, Tensor]:
         split, epoch, indices = item
         images, policy, py_random = self.images[split].numpy(), self.policies[split], random.Random()
-        batch = np.empty((len(indices), *images.shape[1:]), dtype=np.float32)
-        for position, index in enumerate(indices.tolist()):
+        batch = []
+        for index in indices.tolist():
             py_random.seed(self.seed << 64 | epoch << 32 | index)
             policy.set_random_state(random_stream(self.seed, AUGMENTATION, epoch, index), py_random)
             image = policy(image=images[index])["image"]
-            batch[position] = image.permute(1, 2, 0) if isinstance(image, Tensor) else image  # after ToTensorV2
-        return torch.from_numpy(batch).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
+            batch.append(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)  # after ToTensorV2
+        return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
 
 
 class WorkerBatches:

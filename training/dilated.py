@@ -15,17 +15,20 @@ class FastDilatedConv2d(nn.Conv2d):
     """
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Float N x C x H x W, in and out. The short way only in training, and where d divides H and W."""
+        """Float N x C x H x W, in and out. The short way only in training."""
         step = self.dilation[0]
         number, channels, height, width = maps.shape
-        if not self.training or height % step or width % step:
+        if not self.training:
             return super().forward(maps)
-        phases = maps.permute(0, 2, 3, 1).reshape(number, height // step, step, width // step, step, channels)
+        down, across = -(-height // step), -(-width // step)  # of the largest phase: zeros fill the others
+        filled = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, across * step - width, 0, down * step - height))
+        phases = filled.reshape(number, down, step, across, step, channels)
         spaced = F.pad(phases.permute(0, 2, 1, 4, 3, 5), (0, 0, 0, 1, 0, 0, 0, 1))
         found = F.conv2d(spaced.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=1,
                          groups=self.groups)
         phases = found.permute(0, 2, 3, 1).reshape(*spaced.shape[:-1], -1)[:, :, :-1, :, :-1]
-        return phases.permute(0, 2, 1, 4, 3, 5).reshape(number, height, width, -1).permute(0, 3, 1, 2)
+        whole = phases.permute(0, 2, 1, 4, 3, 5).reshape(number, down * step, across * step, -1)
+        return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def use_fast_dilated_convs(net: nn.Module, device: torch.device) -> None:
