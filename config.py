@@ -69,7 +69,8 @@ class Config:
 
     # distillation
     teacher: str = setting("", "finished run to distill into the new network: its --name, its folder's name under logs/runs, "
-                           "or a path; empty: train on labels alone")
+                           "or a path; several, separated by commas: the mean of their predictions (in a sweep: A+B); empty: "
+                           "train on labels alone")
     teacher_share: float = setting(0.9, "weight of the distillation loss; the labels have the rest", low=0, high=1)
     temperature: float = setting(4.0, "temperature of the distillation loss: both networks' logits are divided by it",
                                  low=0.1, high=100)
@@ -107,6 +108,8 @@ class Config:
         for name in ("data_dir", "log_dir"):
             if not getattr(self, name):
                 raise UserError(f"{flag(name)} is empty: name a folder")
+        if self.teacher and not all(self.teacher.split(",")):
+            raise UserError(f"--teacher is {self.teacher!r}: put one comma between two names, and none at the end")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
         if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):

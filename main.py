@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from runs.finding import REFERENCE, next_number, refuse_run_folder
 from runs.record import make_record, read_run
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
-from runs.weights import Weights, check_teacher, find_teacher
+from runs.weights import Weights, check_teachers, find_teachers
 from runs.writer import RunWriter, resume_run, start_run
 from training.capture import make_step
 from training.dilated import use_fast_dilated_convs
@@ -64,13 +65,13 @@ RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 
 def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE, images: Images | None = None,
-          teacher: Weights | None = None) -> Path:
+          teachers: Sequence[Weights] = ()) -> Path:
     """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run;
-    `images` and `teacher` are handed over where there may be no files of them: on a cluster."""
+    `images` and `teachers` are handed over where there may be no files of them: on a cluster."""
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
-    teacher = teacher or processes.decide(lambda: find_teacher(config))  # before any image is downloaded
+    teachers = teachers or processes.decide(lambda: find_teachers(config))  # before any image is downloaded
     set_determinism(config)
     device = find_device(processes.device_name(config.device))
 
@@ -100,15 +101,16 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")
     distillation = None
-    if teacher:
-        check_teacher(teacher, config, images)
-        teacher_net = teacher.build_net().to(device).to(memory_format=memory_format(device))
-        distillation = Distillation(teacher_net, config.teacher_share, config.temperature)
+    if teachers:
+        check_teachers(teachers, images)
+        teacher_nets = [each.build_net().to(device).to(memory_format=memory_format(device)) for each in teachers]
+        distillation = Distillation(teacher_nets, config.teacher_share, config.temperature)
     step = make_step(net, optimizer, device, config, distillation, processes)
 
     # Records: what the run is, and what it leaves on disk
     machine = {"device": describe_device(device), "instruction_set": instruction_set(), **processes.describe()}
-    record = make_record(config, network, images, machine, next_number(Path(config.log_dir)), teacher.name if teacher else "")
+    record = make_record(config, network, images, machine, next_number(Path(config.log_dir)),
+                         ",".join(each.name for each in teachers))
     if not processes.is_first:
         writer: RunWriter | NoWriter = NoWriter()
     elif unfinished:

@@ -17,7 +17,8 @@ Policies = dict[str, A.Compose]
 
 
 def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> Policies:
-    """The policy of each split, and of training without a crop where there is any. `mean` and `std` are each channel's, as fractions of 255."""
+    """The policy of each split, and of training without a crop where there is any. `mean` and `std` are each channel's, as
+    fractions of 255."""
     normalization = test_policy(mean, std)
     policies = {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
     return policies | ({"uncropped": uncropped_policy(config, mean, std)} if config.uncropped_share else {})

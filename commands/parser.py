@@ -188,6 +188,8 @@ def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
     def read(text: str) -> list[Any]:
         try:
             values = [words[part] if field.type is bool else field.type(part) for part in text.split(",")]  # type: ignore[operator]
+            if field.name == "teacher":  # a comma separates the values, so a plus the teachers of one
+                values = [str(value).replace("+", ",") for value in values]
         except (ValueError, KeyError):
             kind = "true or false" if field.type is bool else f"{field.type.__name__}s"  # type: ignore[union-attr]
             raise argparse.ArgumentTypeError(f"{text!r} must be {kind}, separated by commas") from None

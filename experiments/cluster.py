@@ -27,7 +27,7 @@ from runs.files import make_run_folder, write
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
 from runs.resuming import LOCK
-from runs.weights import Weights, find_teacher
+from runs.weights import Weights, find_teachers
 from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
 from training.machine import available_cores
 
@@ -68,16 +68,16 @@ class Marker:
 
 # ---------------------------------------------------------------- in a worker
 
-def train_run(planned: PlannedRun, images: Images, teacher: Weights | None, marker: Marker) -> Result:
+def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], marker: Marker) -> Result:
     """Train the run in a worker of Ray, in the shared log folder or else in one that is deleted afterwards."""
     import main  # which nothing else imports; a worker loads it by name
 
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's shared memory, which is only read
     if marker.is_here():
-        return _train_in(Path(marker.log_dir), planned, partial(main.train, images=images, teacher=teacher))
+        return _train_in(Path(marker.log_dir), planned, partial(main.train, images=images, teachers=teachers))
     log_dir = Path(tempfile.mkdtemp(prefix="sweep-"))
     try:
-        result = _train_in(log_dir, planned, partial(main.train, images=images, teacher=teacher))
+        result = _train_in(log_dir, planned, partial(main.train, images=images, teachers=teachers))
         folder = log_dir / "runs" / result.folder
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in LEFT_BEHIND}
         return replace(result, files=files if result.outcome in (Outcome.TRAINED, Outcome.DIVERGED) else {})
@@ -154,7 +154,7 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome |
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
     images = ray.put(load_images(plan[0].config.dataset, plan[0].config.data_dir))
     weights = {config.teacher: config for config in (planned.config for planned in plan)}
-    teachers = {name: ray.put(find_teacher(config)) for name, config in weights.items()}
+    teachers = {name: ray.put(find_teachers(config)) for name, config in weights.items()}
     with _marked(Path(plan[0].config.log_dir)) as marker:
         running = {task.remote(planned, images, teachers[planned.config.teacher], marker): number
                    for number, planned in enumerate(plan) if outcomes[number] is None}

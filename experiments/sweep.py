@@ -18,7 +18,7 @@ from runs.files import lock_file
 from runs.finding import RunState, find_runs, refuse_run_folder, run_state
 from runs.record import Record, read_record
 from runs.resuming import LOCK, MOVABLE, load_unfinished
-from runs.weights import find_teacher
+from runs.weights import find_teachers
 from training.errors import Diverged
 
 Train = Callable[..., Path]  # main.train
@@ -62,8 +62,7 @@ def plan_runs(configs: Sequence[Config]) -> list[PlannedRun]:
     teachers = {}
     for config in configs:  # before any image is downloaded
         if config.teacher not in teachers:
-            weights = find_teacher(config)
-            teachers[config.teacher] = weights.name if weights else ""
+            teachers[config.teacher] = ",".join(teacher.name for teacher in find_teachers(config))
     images = load_images(configs[0].dataset, configs[0].data_dir)
     fingerprints = {count: images.hold_out(count).fingerprint() for count in {config.validation for config in configs}}
     networks = {size: describe_network(Net(len(images.class_names), *size))

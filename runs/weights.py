@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,22 +76,20 @@ def find_weights(log_dir: Path, name: str | None) -> Path:
     return path
 
 
-def find_teacher(config: Config) -> Weights | None:
-    """The weights of the teacher that the config names, or None where it names none."""
-    if not config.teacher:
-        return None
+def find_teachers(config: Config) -> list[Weights]:
+    """The weights of the teachers that the config names."""
     try:
-        return read_weights(find_weights(Path(config.log_dir), config.teacher))
+        return [read_weights(find_weights(Path(config.log_dir), name)) for name in config.teacher.split(",") if name]
     except UserError as error:
-        raise UserError(f"there is no teacher: {error}. To make the teacher of --recipe best: "
-                        "python main.py --recipe strong --width 3 --name teacher") from error
+        raise UserError(f"there is no teacher: {error}") from error
 
 
-def check_teacher(teacher: Weights, config: Config, images: Images) -> None:
-    """Raise UserError where the teacher has seen other images than this run's, so it may know those that are held out."""
-    if not teacher.trained_on(images):
-        raise UserError(f"teacher {config.teacher} was trained on other images than this run's, or held others out: name "
-                        "one of the same dataset and the same --validation")
+def check_teachers(teachers: Sequence[Weights], images: Images) -> None:
+    """Raise UserError where a teacher has seen other images than this run's, so it may know those that are held out."""
+    for teacher in teachers:
+        if not teacher.trained_on(images):
+            raise UserError(f"teacher {teacher.path} was trained on other images than this run's, or held others out: name "
+                            "one of the same dataset and the same --validation")
 
 
 def read_weights(path: Path) -> Weights:

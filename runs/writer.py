@@ -125,9 +125,9 @@ class RunWriter:
 
 
 def local_paths(config: Config) -> dict[str, str]:
-    """Where images, logs and teacher are on this machine, to find them again from another folder."""
-    teacher = os.path.abspath(config.teacher) if config.teacher and os.path.exists(config.teacher) else config.teacher
-    return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": teacher}
+    """Where images, logs and teachers are on this machine, to find them again from another folder."""
+    teachers = (os.path.abspath(name) if name and os.path.exists(name) else name for name in config.teacher.split(","))
+    return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
 
 
 def _make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,

@@ -46,6 +46,24 @@ def test_what_a_teacher_is_called_by_is_no_part_of_the_run(tmp_path, taught):
         assert str(tmp_path).encode() not in path.read_bytes() or path.suffix == ".pt"
 
 
+def test_a_run_learns_from_several_teachers(run, tmp_path, taught, monkeypatch):
+    assert run("--epochs", "1", "--name", "other", "--seed", "6")[0] == 0
+    other = find_runs(tmp_path / "logs")[0]
+    _, _, alone = taught("--epochs", "2", "--name", "alone")
+    status, err, both = taught("--epochs", "2", "--name", "both", teacher=f"wide,{other}")
+    assert (status, err) == (0, "")
+    names = [read_weights(folder / "final.safetensors").name for folder in (taught.wide, other)]
+    assert read_run(both).record["config"]["teacher"] == ",".join(names)
+    assert weights_of(both) != weights_of(alone)
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path / "logs" / "runs")
+        at_epoch(patch, 1, raising(KeyboardInterrupt()))
+        status, _, folder = taught("--epochs", "2", "--name", "both", teacher=f"{taught.wide.name},{other.name}")
+    assert (status, folder != both) == (130, True)
+    assert run("--resume")[0] == 0  # from another folder
+    assert figures(folder) == figures(both)
+
+
 def test_runs_of_two_teachers_are_not_one_group_nor_one_for_a_sweep(run, tmp_path, taught, pictures):
     _, _, first = taught("--epochs", "1", "--name", "taught")
     config = restore_config(read_run(first).record["config"], {
@@ -79,6 +97,8 @@ def test_a_resumed_run_has_the_same_teacher(run, tmp_path, taught, monkeypatch):
 
 @pytest.mark.parametrize(("arguments", "teacher", "said"), [
     ((), "nobody", "there is no run 'nobody'"),
+    ((), "wide,nobody", "there is no run 'nobody'"),
+    ((), "wide,", "--teacher is 'wide,': put one comma between two names, and none at the end"),
     (("--validation", "6"), None, "was trained on other images than this run's, or held others out"),
     (("--teacher-share", "1.5"), None, "--teacher-share is 1.5, but must lie in 0 to 1"),
     (("--temperature", "0"), None, "--temperature is 0.0, but must lie in 0.1 to 100"),

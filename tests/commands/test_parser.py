@@ -52,6 +52,10 @@ def test_wrong_lines_are_named(line, words):
     assert words in str(error.value)
 
 
+def test_a_plus_joins_teachers_in_a_sweep():
+    assert [config.teacher for config in parse(["sweep", "--teacher", ",A,A+B"]).configs] == ["", "A", "A,B"]
+
+
 def test_a_sweep_is_all_combinations_with_the_first_seed_then_the_next():
     configs = parse(["sweep", "--lr", "0.1,0.2", "--nesterov", "false,true", "--seeds", "2", "--epochs", "3"]).configs
     assert [(c.seed, c.lr, c.nesterov) for c in configs] == [

@@ -144,18 +144,18 @@ def test_what_goes_wrong_in_a_run_is_its_own(planned, monkeypatch, error, outcom
 
 def test_a_worker_needs_neither_images_nor_teachers_files(line, monkeypatch):
     import main
-    from runs.weights import find_teacher
+    from runs.weights import find_teachers
 
     plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)
     config = plan[0].config
     images, given = load_images(config.dataset, config.data_dir), []
     monkeypatch.setattr(main, "load_images", lambda *_: pytest.fail("images were read"))
-    monkeypatch.setattr(main, "find_teacher", lambda *_: pytest.fail("a teacher was read"))
-    monkeypatch.setattr(main, "check_teacher", lambda teacher, *_: given.append(teacher) or pytest.skip("it is there"))
-    teacher = find_teacher(dataclasses.replace(config, teacher=str(REFERENCE / "final.safetensors")))
+    monkeypatch.setattr(main, "find_teachers", lambda *_: pytest.fail("a teacher was read"))
+    monkeypatch.setattr(main, "check_teachers", lambda teachers, *_: given.append(teachers) or pytest.skip("it is there"))
+    teachers = find_teachers(dataclasses.replace(config, teacher=str(REFERENCE / "final.safetensors")))
     with cluster._marked(Path(config.log_dir)) as marker, pytest.raises(pytest.skip.Exception):
-        train_run(plan[0], images, teacher, marker)
-    assert given == [teacher]
+        train_run(plan[0], images, teachers, marker)
+    assert given == [teachers]
 
 
 def test_a_worker_that_keeps_dying_is_told(planned):

@@ -10,7 +10,7 @@ from conftest import REFERENCE, example_record
 from config import Config, UserError
 from images.synthetic import synthetic
 from model import Net
-from runs.weights import find_teacher, read_weights, save_weights
+from runs.weights import find_teachers, read_weights, save_weights
 
 METADATA = {"class_names": ["a", "b"], "mean": [0.5] * 3, "standard_deviation": [0.25] * 3, "images": "0" * 64,
             "network": "0" * 16, "config": {"dropout": 0.0, "width": 1}}
@@ -87,9 +87,10 @@ def test_other_weights_than_the_networks_are_refused(path, tmp_path):
         read_weights(path).load_into(Net(3))
 
 
-def test_a_missing_teacher_says_how_to_make_one(tmp_path):
-    with pytest.raises(UserError, match=r"python main\.py --recipe strong --width 3 --name teacher"):
-        find_teacher(Config(teacher="teacher", log_dir=str(tmp_path)))
+def test_a_missing_teacher_is_named(tmp_path, path):
+    assert find_teachers(Config()) == []
+    with pytest.raises(UserError, match="there is no teacher: there is no run 'nobody'"):
+        find_teachers(Config(teacher=f"{path},nobody", log_dir=str(tmp_path)))
 
 
 def test_weights_know_the_images_they_were_trained_on(tmp_path):

@@ -37,28 +37,40 @@ def test_the_loss_is_hintons(batch, weight, temperature):
     images, labels = batch
     net, logits = network(0), network(1)(images)
     loss = F.cross_entropy(logits, labels)
-    found = Distillation(net, weight, temperature).loss(loss, logits, images)
+    found = Distillation([net], weight, temperature).loss(loss, logits, images)
     teacher, student = softened(net(images), temperature), softened(logits, temperature)
     divergence = (teacher * np.log(teacher / student)).sum(1).mean()
     assert found.item() == pytest.approx((1 - weight) * loss.item() + weight * temperature**2 * divergence, rel=1e-5)
+
+
+def test_several_teachers_are_the_mean_of_their_softened_predictions(batch):
+    images, labels = batch
+    nets, logits = [network(seed) for seed in (0, 2, 3)], 5 * network(1)(images)
+    for net in nets[1:]:
+        net[-1].weight.data *= 50  # so that their predictions differ
+    found = Distillation(nets, 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
+    mean = np.mean([softened(net(images), 4.0) for net in nets], axis=0)
+    divergence = (mean * np.log(mean / softened(logits, 4.0))).sum(1).mean()
+    assert found.item() == pytest.approx(16 * divergence, rel=1e-5)
 
 
 def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it(batch):
     images, labels = batch
     net = network(0).eval()
     logits = net(images)
-    found = Distillation(copy.deepcopy(net), 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
+    found = Distillation([copy.deepcopy(net)], 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
     assert found.item() == pytest.approx(0, abs=1e-5)
     found.backward()
     assert all(parameter.grad.abs().max() < 1e-5 for parameter in net.parameters())
 
 
 def test_a_step_leaves_the_teacher_unchanged(batch):
-    distillation = Distillation(network(0), 0.9, 4.0)
-    before, net = copy.deepcopy(distillation.teacher.state_dict()), network(1).train()
+    distillation = Distillation([network(0)], 0.9, 4.0)
+    [teacher], net = distillation.teachers, network(1).train()
+    before = copy.deepcopy(teacher.state_dict())
     TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.5), CPU, 0.0, distillation)(*batch)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in distillation.teacher.state_dict().items())
-    assert all(parameter.grad is None for parameter in distillation.teacher.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -67,7 +79,7 @@ def test_a_captured_step_distills_too(batch, device):
     for wrap in (lambda step: step, CapturedStep):
         net = network(1).train().to(place)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, fused=device == "cuda")
-        step = wrap(TrainStep(net, optimizer, place, 0.0, Distillation(network(0).to(place), 0.9, 4.0)))
+        step = wrap(TrainStep(net, optimizer, place, 0.0, Distillation([network(0).to(place)], 0.9, 4.0)))
         for _ in range(3):
             step(*(each.to(place) for each in batch))
         nets.append(net)

@@ -39,7 +39,7 @@ def no_graphs(monkeypatch):
 def fake_step(config: Config, distill: bool = False):
     net = to_fake_cuda(Net())
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
-    distillation = Distillation(to_fake_cuda(Net(width=2)), 0.9, 4.0) if distill else None
+    distillation = Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0) if distill else None
     return make_step(net, optimizer, CUDA, config, distillation)
 
 
