@@ -1,51 +1,71 @@
-"""How long a sweep takes on Ray, against one run after another; and a run by torchrun, against one process.
+"""How long a sweep takes on Ray, against one run after another; and a run by several processes, against one process.
 
-    python benchmarks/cluster.py [--runs 8] [--epochs 20]
+    python benchmarks/cluster.py [--runs 8] [--epochs 3] [--repeats 3]
 
-Each run has one thread. All listen on the loopback interface. The table goes to benchmarks/results/cluster.md. Run it on a
-machine that does nothing else: with other programs on its cores the two ways are slowed down differently.
+Each run has one thread. The ways are measured in turn, and the whole turn is repeated; the table has the medians of the
+seconds, and of the ratios within a turn. A sweep's seconds are those of the whole command; those of one run are of its last
+epoch, as its log has them. All listen on the loopback interface: the processes of one run are started as torchrun starts them,
+but meet in a file, because torchrun's own store listens on all interfaces. The table goes to benchmarks/results/cluster.md. Run
+it on a machine that does nothing else: other programs on its cores slow the two ways down differently.
 """
 
 import argparse
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from runs.log import ACCURACY_LOG, read_log
+
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "cluster.md"
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+PROCESSES = 2
+# main.py in one of several processes, which meet in the file that is the first argument
+MEET_IN_A_FILE = """
+import os, runpy, sys
+import torch.distributed as dist
+rank, size, path = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), sys.argv.pop(1)
+dist.rendezvous = lambda *_, **__: iter([(dist.FileStore(path, size), rank, size)])
+sys.argv[0] = "main.py"
+runpy.run_path("main.py", run_name="__main__")
+"""
 
 
-def seconds(command: list[str], started: str = "") -> tuple[float, float]:
-    """Run a command: its seconds, and those until it printed `started`."""
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    """Start a program in the repository's folder."""
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | LOCAL | variables, stdout=subprocess.PIPE, text=True)
+
+
+def seconds(programs: list[subprocess.Popen], started: str = "") -> tuple[float, float]:
+    """Seconds until the programs, just started, have ended, and until the first one printed `started`."""
     begun, first = time.perf_counter(), 0.0
-    program = subprocess.Popen(command, cwd=ROOT, env=os.environ | LOCAL, stdout=subprocess.PIPE, text=True)
-    assert program.stdout
-    for line in program.stdout:
+    assert programs[0].stdout
+    for line in programs[0].stdout:
         if started and not first and started in line:
             first = time.perf_counter() - begun
-    if program.wait():
-        sys.exit(f"{' '.join(command)} ended with status {program.returncode}")
+    for program in programs:
+        if program.wait():
+            sys.exit(f"{program.args!r} ended with status {program.returncode}")
     return time.perf_counter() - begun, first
 
 
-def sweeps(runs: int, epochs: int, folder: Path) -> list[str]:
-    """Rows of the table: the same sweep here and on Ray."""
+def sweeps(runs: int, epochs: int, folder: Path) -> tuple[dict[str, float], bool]:
+    """Seconds of the same sweep here and on Ray, each from its start and from its first run on; whether both gave the same
+    weights."""
     line = [sys.executable, "main.py", "sweep", "--dataset", "synthetic", "--epochs", str(epochs), "--seeds", str(runs),
             "--threads", "1", "--no-pictures", "--device", "cpu", "--log-dir"]
-    here, begun = seconds([*line, str(folder / "here")], "Run 1 of")
-    on_ray, ready = seconds([*line, str(folder / "ray"), "--on", "ray"], "runs on Ray")
+    here, begun = seconds([start([*line, str(folder / "here")])], "Run 1 of")
+    on_ray, ready = seconds([start([*line, str(folder / "ray"), "--on", "ray"])], "runs on Ray")
     same = all(one.read_bytes() == other.read_bytes() for one, other in zip(
         *(sorted(folder.glob(f"{place}/runs/*/final.safetensors"), key=seed) for place in ("here", "ray")), strict=True))
-    gain = (here - begun) / (on_ray - ready)
-    return [f"| {runs} runs of {epochs} epochs, one after another | {here:.0f} | |",
-            f"| the same on Ray, {os.cpu_count()} cores | {on_ray:.0f} | {here / on_ray:.2f} |",
-            f"| the same, without the start ({begun:.0f} s here, {ready:.0f} s with Ray) | {on_ray - ready:.0f} | {gain:.2f} |",
-            "", f"The weights are {'the same bytes' if same else 'NOT THE SAME'}."]
+    return {"here": here, "ray": on_ray, "runs here": here - begun, "runs on Ray": on_ray - ready, "Ray's start": ready}, same
 
 
 def seed(weights: Path) -> int:
@@ -53,31 +73,55 @@ def seed(weights: Path) -> int:
     return int(re.findall(r'"seed": (\d+)', (weights.parent / "config.json").read_text())[0])
 
 
-def processes(epochs: int, folder: Path) -> list[str]:
-    """Rows of the table: one run by one process and by two, each with one thread; at two widths."""
-    rows = []
-    for width in (1, 3):
-        line = ["main.py", "--dataset", "synthetic", "--epochs", str(epochs), "--threads", "1", "--no-pictures",
-                "--device", "cpu", "--width", str(width), "--log-dir", str(folder / f"run-{width}")]
-        alone, _ = seconds([sys.executable, *line])
-        shared, _ = seconds([sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
-                             "--nproc-per-node=2", *line])
-        rows += [f"| one run, width {width}, {epochs} epochs, one process | {alone:.0f} | |",
-                 f"| the same by torchrun, two processes | {shared:.0f} | {alone / shared:.2f} |"]
-    return rows
+def one_run(width: int, epochs: int, folder: Path) -> dict[str, float]:
+    """Seconds of an epoch by one process and by two, each with one thread."""
+    logs = folder / f"width-{width}"
+    line = ["--dataset", "synthetic", "--epochs", str(epochs), "--threads", "1", "--no-pictures", "--device", "cpu", "--width",
+            str(width), "--log-dir", str(logs)]
+    seconds([start([sys.executable, "main.py", *line])])
+    alone = read_log(logs / ACCURACY_LOG)[1][-1]["seconds"]
+    seconds([start([sys.executable, "-c", MEET_IN_A_FILE, str(folder / f"store-{width}"), *line], RANK=str(rank),
+                   LOCAL_RANK=str(rank), WORLD_SIZE=str(PROCESSES), LOCAL_WORLD_SIZE=str(PROCESSES))
+             for rank in range(PROCESSES)])
+    return {f"width {width}, one process": alone, f"width {width}, together": read_log(logs / ACCURACY_LOG)[1][-1]["seconds"]}
 
 
 def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--widths", type=int, nargs="*", default=[1, 3])
     arguments = parser.parse_args()
-    load = os.getloadavg()[0]
-    with tempfile.TemporaryDirectory() as name:
-        rows = ["| what | seconds | times as fast |", "|---|--:|--:|", *sweeps(arguments.runs, arguments.epochs, Path(name))]
-        table = [*rows[:5], *processes(max(1, arguments.epochs // 10), Path(name)), *rows[5:]]
-    text = "\n".join(table) + f"\nThe load of the machine before was {load:.1f}.\n"
+    load, turns, same = os.getloadavg()[0], [], True
+    for _ in range(arguments.repeats):
+        with tempfile.TemporaryDirectory() as name:
+            turn, alike = sweeps(arguments.runs, arguments.epochs, Path(name))
+            for width in arguments.widths:
+                turn |= one_run(width, 2 if width == 1 else 1, Path(name))
+        turns.append(turn)
+        same = same and alike
+        print(turn, flush=True)
+
+    def row(what: str, key: str, than: str = "") -> str:
+        spent = statistics.median(turn[key] for turn in turns)
+        ratios = sorted(turn[than] / turn[key] for turn in turns) if than else []
+        gain = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})" if ratios else ""
+        return f"| {what} | {spent:.1f} | {gain} |"
+
+    rows = ["| what | seconds | times as fast |", "|---|--:|--:|",
+            row(f"{arguments.runs} runs of {arguments.epochs} epochs, one after another", "here"),
+            row("the same on Ray", "ray", "here"),
+            row("the runs alone, one after another", "runs here"),
+            row("the runs alone, on Ray", "runs on Ray", "runs here"),
+            row("until Ray begins the first run", "Ray's start")]
+    for width in arguments.widths:
+        rows += [row(f"an epoch of one run of width {width}, one process", f"width {width}, one process"),
+                 row(f"the same by {PROCESSES} processes", f"width {width}, together", f"width {width}, one process")]
+    text = "\n".join(rows) + (
+        f"\n\nMedians of {len(turns)} turns, and the range of the ratios. {os.cpu_count()} CPU cores; the load of the machine "
+        f"before was {load:.1f}. The weights of both sweeps are {'the same bytes' if same else 'NOT THE SAME'}.\n")
     RESULT.write_text(text)
     print(text)
 
