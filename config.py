@@ -7,7 +7,9 @@ Edit a default here and run `python main.py` again, or give the setting as a fla
 import dataclasses
 import difflib
 import math
+import os
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ class Config:
                            "can be downloaded, else a demonstration on synthetic",
                            choices=("auto", "cifar10", "folder", "synthetic"))
     data_dir: str = setting("data", "folder with cifar-10-batches-py, or with train/<class>/* and test/<class>/*")
-    batch_size: int = setting(128, "images a step", low=1, high=65536)
+    batch_size: int = setting(128, "images per step", low=1, high=65536)
     validation: int = setting(0, "training images to hold out, equally many of each class, the same for every seed; choose "
                               "settings by their accuracy: the test images are then evaluated once, after the last epoch",
                               low=0, high=10**7)
@@ -64,7 +66,7 @@ class Config:
     min_lr: float = setting(1e-6, "learning rate at the end of the cosine, after the last epoch", low=0, high=1000)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "use Nesterov momentum")
-    weight_decay: float = setting(5e-4, "L2 penalty on all parameters", low=0, high=10)
+    weight_decay: float = setting(5e-4, "L2 penalty on all parameters, biases and BatchNorm included", low=0, high=10)
     label_smoothing: float = setting(0.0, "share of the target to spread evenly over all classes", low=0, high=0.99)
 
     # distillation
@@ -77,7 +79,7 @@ class Config:
 
     # model
     init_scale: float = setting(1.0, "factor of the first weights of all convolutions but the last", low=0.01, high=10)
-    width: int = setting(1, "factor of all channels: 1 is the network of 155,434 parameters", low=1, high=16)
+    width: int = setting(1, "channel multiplier: 1 is the network of 155,434 parameters", low=1, high=16)
     dropout: float = setting(0.0, "dropout probability before the classifier; 0 leaves the layer out", low=0, high=0.99)
 
     # run
@@ -89,7 +91,7 @@ class Config:
     instruction_set: str = setting("auto", "CPU instructions to use: auto: all the processor has; avx2: at most AVX2, for the "
                                    "same bits on newer processors", choices=("auto", "avx2"))
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**32 - 1)
-    threads: int = setting(0, "CPU threads that compute; 0: one for each core", low=0, high=1024)
+    threads: int = setting(0, "CPU threads of PyTorch; 0: one for each core", low=0, high=1024)
     name: str = setting("", "word to put behind the date in the name of the run's folder")
     pictures: bool = setting(True, "draw pictures at the end of the run; python main.py plot draws them at any time")
     tensorboard: bool = setting(False, "write TensorBoard event files, too")
@@ -117,9 +119,31 @@ class Config:
                             "and must not end in .safetensors")
 
 
+SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
+# Settings that change no result, or change it only as another seed does: they have one value in a sweep, and tell no runs apart
+MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
+                    "instruction_set", "name", "pictures", "tensorboard")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """": did you mean X?" with the nearest of the `known` words, or an empty text."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
 def flag(name: str) -> str:
     """The flag of a setting: --batch-size of batch_size."""
     return "--" + name.replace("_", "-")
+
+
+def net_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that the network is built from, as arguments of Net."""
+    return {name: settings[name] for name in ("dropout", "width")}
+
+
+def available_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check(field: dataclasses.Field, value: Any) -> None:
@@ -128,9 +152,8 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if type(value) is not field.type:
         raise UserError(f"{flag(field.name)} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
     if choices and value not in choices:
-        near = difflib.get_close_matches(value, choices, n=1)
         raise UserError(f"{flag(field.name)} is {value!r}, but must be one of {', '.join(choices)}"
-                        + (f": did you mean {near[0]}?" if near else ""))
+                        + did_you_mean(value, choices))
     if low is not None and not (math.isfinite(value) and low <= value <= high):
         raise UserError(f"{flag(field.name)} is {value}, but must lie in {low} to {high}")
 
@@ -148,6 +171,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fast": BETTER | {"epochs": 20, "weight_decay": 1e-3, "crop_padding": 2, "coarse_dropout_p": 0.0},
     # The baseline's compute
     "strong": STRONG,
-    # Four times that, and a teacher, to be trained before: python main.py --recipe strong --width 3 --name teacher
-    "best": STRONG | {"epochs": 320, "teacher": "teacher"},
+    # Twice that, taught by the committed networks of `strong`
+    "best": STRONG | {"epochs": 160, "teacher": ",".join(f"logs/reference/strong/seed-{seed}" for seed in range(3))},
 }

@@ -1,4 +1,4 @@
-"""Train a compact depthwise-separable CNN on CIFAR-10: this file tells a run from top to bottom.
+"""Train a compact depthwise-separable CNN on CIFAR-10: this file is the whole run, from top to bottom.
 
     python main.py                      80 epochs with the settings of config.py
     python main.py --recipe fast        20 epochs, tuned
@@ -29,7 +29,7 @@ from analysis.summary import torch_summary
 from batches.making import Batches, make_batches, make_policies, resolve_batches
 from commands.plot import draw_pictures
 from commands.start import STARTED, run_or_exit
-from config import Config, UserError
+from config import Config, UserError, available_cores, net_settings
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
 from images.names import plural, printable
@@ -39,14 +39,13 @@ from runs.record import make_record, read_run
 from runs.resuming import Unfinished
 from runs.tensorboard import check_tensorboard, event_writer, write_events
 from runs.weights import Weights, check_teachers, find_teachers
-from runs.writer import RunWriter, resume_run, start_run
-from training.capture import make_step
+from runs.writer import NoWriter, RunWriter, resume_run, start_run
+from training.capture import Step, make_step
 from training.dilated import use_fast_dilated_convs
 from training.distillation import Distillation
-from training.distributed import ALONE, NoWriter, Processes, synchronize_norms, whole_sizes
+from training.distributed import ALONE, Processes, synchronize_norms, whole_sizes
 from training.epoch import check_output, evaluate, train_epoch
 from training.machine import (
-    available_cores,
     describe_device,
     find_device,
     instruction_set,
@@ -57,7 +56,6 @@ from training.machine import (
 )
 from training.metrics import Result
 from training.schedule import learning_rate, policy_of
-from training.step import Step
 
 NOT_MEASURED = Result(math.nan, math.nan)
 EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
@@ -79,7 +77,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     images = images or processes.load_images(load_images, config)
     config = resolve_dataset(config, images)
     images = images.hold_out(config.validation)
-    mean, std = images.statistics()
+    mean, std = images.statistics
     policies = make_policies(config, mean, std)
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
                      threads=config.threads or max(1, available_cores() // processes.local_size))
@@ -88,7 +86,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
-    net: nn.Module = Net(len(images.class_names), config.dropout, config.width)
+    net: nn.Module = Net(len(images.class_names), **net_settings(vars(config)))
     with torch.no_grad():
         for name, weights in net.named_parameters():
             if weights.dim() == 4 and "head" not in name:
@@ -112,7 +110,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     record = make_record(config, network, images, machine, next_number(Path(config.log_dir)),
                          ",".join(each.name for each in teachers))
     if not processes.is_first:
-        writer: RunWriter | NoWriter = NoWriter()
+        writer: RunWriter = NoWriter()
     elif unfinished:
         writer = resume_run(unfinished, config, record, net, optimizer)
     else:
@@ -122,14 +120,13 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
         writer.start_log(network_summary)
         processes.share_state(net, optimizer)
         run_epochs(config, images, batches, step, writer)
-        if isinstance(writer, NoWriter):
-            return writer.folder
         writer.finish()
+    if processes.is_first:
         print_result(writer.folder)
         if config.pictures:
-            with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
-                draw_pictures(net, whole, images, policies["train"], device, writer.folder)
-    print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
+            with closing(make_batches(config, images, policies, device)) as batches:  # whole ones, not this process's part
+                draw_pictures(net, batches, images, policies["train"], device, writer.folder)
+        print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
     return writer.folder
 
 
@@ -148,9 +145,9 @@ def print_result(folder: Path) -> None:
     print(f"Everything is in {printable(str(folder))}")
 
 
-def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter | NoWriter) -> None:
+def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
     """Train and test for the epochs that are left; after each, save its row of the log, and a checkpoint if one is due."""
-    processes = step.metrics.processes
+    processes = step.processes
     first = processes.decide(lambda: len(writer.rows))
     progress = tqdm(total=config.epochs, initial=first, desc="run", leave=False, dynamic_ncols=True, bar_format=RUN_BAR,
                     disable=None if config.epochs > 1 and processes.is_first else True)
@@ -169,7 +166,7 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
 
 def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoch: int, last: bool) -> dict[str, float]:
     """Train for one epoch, then evaluate. Returns the epoch's row of the log."""
-    started, net, device, processes = time.perf_counter(), step.net, step.device, step.metrics.processes
+    started, net, device, processes = time.perf_counter(), step.net, step.device, step.processes
     seed_torch(config.seed, epoch + 1, processes.rank)
 
     def rate(images_trained_on: int) -> float:

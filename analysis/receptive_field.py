@@ -63,7 +63,7 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
     names = {module: name for name, module in net.named_modules()}
 
     def arrive(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        lost = _Field(unknown=f"{names[module]} is given what no layer put out: a sum of branches or a function's result")
+        lost = _Field(unknown=f"{names[module]} gets an input that no layer returned: a sum of branches or a function's result")
         arrived[module] = fields.get(_state(inputs[0]), lost) if inputs else lost
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:

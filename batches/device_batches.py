@@ -12,7 +12,7 @@ from batches.randomness import ORDER, WHOLE_BATCHES, random_stream
 from images.dataset import Split
 
 AUGMENTED_TOGETHER = 4096  # images that a GPU augments together
-TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images a step of a test
+TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images per step of a test
 KEPT_BYTES = 2**28  # of a split's normalized images, 12 kB each, that may stay on a GPU
 
 Batch = tuple[Tensor, Tensor]  # images float32 N x 3 x H x W, labels int64 N

@@ -20,7 +20,7 @@ from images.dataset import Split
 
 class BatchDataset(Dataset):
     """Item (split, epoch, indices) is a whole batch of `splits[split]`, made by `policies[split]`: images float32,
-    N x 3 x 32 x 32 in channels_last memory, and labels int64, N. `shared` moves images and labels into shared memory."""
+    N x 3 x H x W in channels_last memory, and labels int64, N. `shared` moves images and labels into shared memory."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], seed: int, shared: bool) -> None:
         once = {id(split): (torch.from_numpy(split.images), torch.from_numpy(split.labels)) for split in splits.values()}

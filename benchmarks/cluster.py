@@ -1,12 +1,13 @@
 """How long a sweep takes on Ray, against one run after another; and a run by several processes, against one process.
 
-    python benchmarks/cluster.py [--runs 8] [--epochs 3] [--repeats 3]
+    python benchmarks/cluster.py [--runs 8] [--epochs 2] [--repeats 3]
 
 Each run has one thread. The ways are measured in turn, and the whole turn is repeated; the table has the medians of the
-seconds, and of the ratios within a turn. A sweep's seconds are those of the whole command; those of one run are of its last
-epoch, as its log has them. All listen on the loopback interface: the processes of one run are started as torchrun starts them,
-but meet in a file, because torchrun's own store listens on all interfaces. The table goes to benchmarks/results/cluster.md. Run
-it on a machine that does nothing else: other programs on its cores slow the two ways down differently.
+seconds, and of the ratios within a turn. A sweep is timed as a whole command, and from the beginning of its first run to the
+end of its last one; one run by its last epoch, as its log has it. All listen on the loopback interface: the processes of one
+run are started as torchrun starts them, but meet in a file, because torchrun's own store listens on all interfaces. The table
+goes to benchmarks/results/cluster.md. Run it on a machine that does nothing else: other programs on its cores slow the two ways
+down differently.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from runs.log import ACCURACY_LOG, read_log
+from runs.record import MODEL, SUMMARY
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "cluster.md"
@@ -43,29 +45,33 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | LOCAL | variables, stdout=subprocess.PIPE, text=True)
 
 
-def seconds(programs: list[subprocess.Popen], started: str = "") -> tuple[float, float]:
-    """Seconds until the programs, just started, have ended, and until the first one printed `started`."""
-    begun, first = time.perf_counter(), 0.0
-    assert programs[0].stdout
-    for line in programs[0].stdout:
-        if started and not first and started in line:
-            first = time.perf_counter() - begun
+def seconds(programs: list[subprocess.Popen]) -> float:
+    """Seconds until the programs, just started, have ended."""
+    begun = time.perf_counter()
     for program in programs:
-        if program.wait():
+        program.communicate()
+        if program.returncode:
             sys.exit(f"{program.args!r} ended with status {program.returncode}")
-    return time.perf_counter() - begun, first
+    return time.perf_counter() - begun
+
+
+def seconds_of_runs(log_dir: Path) -> float:
+    """Seconds from the beginning of the first run to the end of the last one, by the files they left."""
+    def times(name: str) -> list[float]:
+        return [path.stat().st_mtime for path in log_dir.glob(f"runs/*/{name}")]
+    return max(times(SUMMARY)) - min(times(MODEL))
 
 
 def sweeps(runs: int, epochs: int, folder: Path) -> tuple[dict[str, float], bool]:
-    """Seconds of the same sweep here and on Ray, each from its start and from its first run on; whether both gave the same
-    weights."""
+    """Seconds of the same sweep here and on Ray, and of their runs; whether both gave the same weights."""
     line = [sys.executable, "main.py", "sweep", "--dataset", "synthetic", "--epochs", str(epochs), "--seeds", str(runs),
             "--threads", "1", "--no-pictures", "--device", "cpu", "--log-dir"]
-    here, begun = seconds([start([*line, str(folder / "here")])], "Run 1 of")
-    on_ray, ready = seconds([start([*line, str(folder / "ray"), "--on", "ray"])], "runs on Ray")
+    here = seconds([start([*line, str(folder / "here")])])
+    on_ray = seconds([start([*line, str(folder / "ray"), "--on", "ray"])])
     same = all(one.read_bytes() == other.read_bytes() for one, other in zip(
         *(sorted(folder.glob(f"{place}/runs/*/final.safetensors"), key=seed) for place in ("here", "ray")), strict=True))
-    return {"here": here, "ray": on_ray, "runs here": here - begun, "runs on Ray": on_ray - ready, "Ray's start": ready}, same
+    return {"here": here, "ray": on_ray, "runs here": seconds_of_runs(folder / "here"),
+            "runs on Ray": seconds_of_runs(folder / "ray")}, same
 
 
 def seed(weights: Path) -> int:
@@ -90,7 +96,7 @@ def main() -> None:
     """Measure, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--widths", type=int, nargs="*", default=[1, 3])
     arguments = parser.parse_args()
@@ -113,9 +119,8 @@ def main() -> None:
     rows = ["| what | seconds | times as fast |", "|---|--:|--:|",
             row(f"{arguments.runs} runs of {arguments.epochs} epochs, one after another", "here"),
             row("the same on Ray", "ray", "here"),
-            row("the runs alone, one after another", "runs here"),
-            row("the runs alone, on Ray", "runs on Ray", "runs here"),
-            row("until Ray begins the first run", "Ray's start")]
+            row("without start and end, one after another", "runs here"),
+            row("without start and end, on Ray", "runs on Ray", "runs here")]
     for width in arguments.widths:
         rows += [row(f"an epoch of one run of width {width}, one process", f"width {width}, one process"),
                  row(f"the same by {PROCESSES} processes", f"width {width}, together", f"width {width}, one process")]

@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.others import fast_public_style, usual_script
 from benchmarks.program import Program, make_program
-from config import Config
+from config import Config, available_cores
 from model import Net
 from runs.log import read_log
-from training.capture import CapturedStep
+from training.capture import CapturedStep, Step
 from training.epoch import evaluate, train_epoch
-from training.machine import available_cores, describe_device, find_device
-from training.step import Step, TrainStep
+from training.machine import describe_device, find_device
+from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda.txt"

@@ -211,7 +211,7 @@ def main() -> None:
         serve(Path(folder), name, runtime, int(threads))
         return
     from benchmarks.inference_profile import processor, profile
-    from training.machine import available_cores
+    from config import available_cores
 
     with tempfile.TemporaryDirectory() as scratch:
         facts = prepare(Path(scratch), arguments.data_dir)

@@ -69,7 +69,7 @@ class OneByOne(Dataset):
 def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> Measured:
     """The script most people write."""
     config, images, device = Config(), load_images("cifar10", arguments.data_dir), find_device(arguments.device)
-    mean_and_std = images.statistics()
+    mean_and_std = images.statistics
     loaders = [DataLoader(OneByOne(split, policy), config.batch_size, shuffle=True, num_workers=workers) for split, policy in (
         (images.train, train_policy(config, *mean_and_std)), (images.test, test_policy(*mean_and_std)))]
     torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def fast_public_style(arguments: argparse.Namespace) -> Measured:
 
 
 def _normalized(pixels, images: Images, device: torch.device) -> torch.Tensor:
-    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in images.statistics())
+    mean, std = (torch.tensor(values, device=device)[:, None, None] for values in images.statistics)
     scaled = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2) / 255
     return ((scaled - mean) / std).bfloat16().contiguous(memory_format=torch.channels_last)
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from batches.making import Batches, make_batches, make_policies, resolve_batches
-from config import Config
+from config import Config, available_cores, net_settings
 from images.dataset import Images
 from images.loading import load_images
 from model import Net
-from training.capture import make_step
+from training.capture import Step, make_step
 from training.dilated import use_fast_dilated_convs
-from training.machine import available_cores, find_device, keep_freed_memory, memory_format, seed_torch
-from training.step import Step
+from training.machine import find_device, keep_freed_memory, memory_format, seed_torch
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class Program:
 def make_program(config: Config) -> Program:
     """As in main.train."""
     device, images = find_device(config.device), load_images(config.dataset, config.data_dir)
-    policies = make_policies(config, *images.statistics())
+    policies = make_policies(config, *images.statistics)
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device))
     keep_freed_memory()
     torch.set_num_threads(config.threads or available_cores())
     seed_torch(config.seed, 0)
-    net = Net(len(images.class_names), config.dropout, config.width).to(device).to(memory_format=memory_format(device))
+    net = Net(len(images.class_names), **net_settings(vars(config))).to(device).to(memory_format=memory_format(device))
     use_fast_dilated_convs(net, device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
                                 weight_decay=config.weight_decay, fused=device.type == "cuda")

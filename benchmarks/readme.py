@@ -27,8 +27,10 @@ from config import RECIPES, Config
 from experiments.comparison import make_tables
 from experiments.report import as_text
 from experiments.statistics import LEVEL
+from images.dataset import SIDE
 from model import Net
 from runs.record import CONFIG, Run, read_run
+from training.schedule import policy_of
 
 ROOT = Path(__file__).parents[1]
 REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
@@ -39,7 +41,6 @@ NEAREST = "ShuffleNetV2 x0.5"  # of the networks with a published accuracy, the 
 # train and test accuracy of the published run of this network, by epoch
 PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
              79: (87.45, 87.20)}
-TEACHER_WIDTH = {"best": 3, TAUGHT: 1}  # of the teachers, as README.md has them trained
 STAGES = {"input_block": "input", "conv_block1": "block 1", "conv_block2": "block 2", "conv_block3": "block 3",
           "conv_block4": "block 4", "head": "head"}
 
@@ -99,14 +100,13 @@ def plus_minus(mean: float, std: float) -> str:
     return f"{mean:.2f}" + (f" ± {std:.2f}" if std else "")
 
 
-def compute(config: Config, teacher_width: int) -> float:
-    """Multiply-adds of training, in multiples of the baseline's: a backward pass costs two forward ones. A teacher is trained
-    for the baseline's epochs, and predicts in every step."""
-    epochs = config.epochs / Config().epochs
-    if not config.teacher:
-        return epochs
-    teacher, ours = (describe_network(Net(width=width))["multiply_adds"] for width in (teacher_width, 1))
-    return epochs + teacher / ours * (1 + epochs / 3)
+def compute(config: Config) -> float:
+    """Multiply-adds of training, in multiples of the baseline's. They grow with the pixels of an image, and a backward pass
+    costs two forward ones. Each teacher was trained for the baseline's, and predicts in every step."""
+    cropped = sum(policy_of(config, epoch) == "train" for epoch in range(config.epochs))
+    images = cropped * (config.crop_size / SIDE) ** 2 + config.epochs - cropped
+    share, teachers = images / Config().epochs, sum(1 for name in config.teacher.split(",") if name)
+    return share + teachers * (1 + share / 3)
 
 
 def result_line() -> str:
@@ -139,7 +139,7 @@ def recipe_table() -> str:
         train = f"{statistics.fmean(run.rows[-1]['train_acc'] for run in runs):.2f}" if runs else "-"
         name = "`fast`, taught by `strong`" if recipe == TAUGHT else f"`{recipe}`"
         lines.append(f"| {name} | `{commands.get(recipe, f'python main.py --recipe {recipe}')}` | {config.epochs} "
-                     f"| {compute(config, TEACHER_WIDTH.get(recipe, 0)):.2g} | {train} "
+                     f"| {compute(config):.2g} | {train} "
                      f"| {plus_minus(mean, std) if runs else 'not measured yet'} | {count} |")
     return "\n".join(lines)
 
@@ -231,10 +231,10 @@ def tables() -> dict[str, str]:
     """Every table by its name."""
     return results() | {
         "structure": structure(), "result": result_line(), "rows": first_rows(), "log": log_table(), "recipes": recipe_table(),
-        "peers": peer_table(), "stages": stage_table(), "compare": comparison(),
-        "single changes": changes_table("single_changes"), "recipe changes": changes_table("recipe_changes"),
-        "recipe at length": runs_table("recipe_at_length"), "fast changes": changes_table("fast_changes"),
-        "strong changes": changes_table("strong_changes")}
+        "cluster": (RESULTS / "cluster.md").read_text().strip(), "peers": peer_table(), "stages": stage_table(),
+        "compare": comparison(), "single changes": changes_table("single_changes"),
+        "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
+        "fast changes": changes_table("fast_changes"), "strong changes": changes_table("strong_changes")}
 
 
 def documents() -> list[Path]:

@@ -31,11 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.others import WARM_UP, Measured, fast_public_style, timed, usual_script
 from benchmarks.program import make_program
-from config import Config
+from config import Config, available_cores
 from model import Net
 from training.capture import CapturedStep
 from training.epoch import evaluate, train_epoch
-from training.machine import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, TRAIN, TEST = 80, 50_000, 10_000

@@ -18,7 +18,7 @@ Other commands (python main.py COMMAND --help):
     predict cat.jpg pictures/                   classify images
     export                                      write a file for ONNX Runtime, or for torch.export.load
 
-Read logs/model_accuracy.log, a row an epoch, and logs/torch_summary.log, the network layer by layer.
+Read logs/model_accuracy.log, a row per epoch, and logs/torch_summary.log, the network layer by layer.
 """
 SWEEP = """Train a run for each combination of the values, and for each seed; then compare all runs.
 

@@ -2,10 +2,8 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib.metadata
 import itertools
-import os
 import platform
 import sys
 from argparse import Namespace
@@ -13,12 +11,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from commands import help as texts
-from config import RECIPES, Config, UserError, flag
+from config import MACHINE_SETTINGS, RECIPES, SETTINGS, Config, UserError, available_cores, did_you_mean, flag
 
 VERSION = "1.0.0"
-SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
-FIXED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
-         "instruction_set", "name", "pictures", "tensorboard")  # one value for a whole sweep
 
 
 def parse(line: list[str]) -> Namespace:
@@ -28,7 +23,7 @@ def parse(line: list[str]) -> Namespace:
         "predict": _parse_predict, "export": _parse_export}
     verb, rest = (line[0], line[1:]) if line and not line[0].startswith("-") else ("train", line)
     if verb not in verbs:
-        raise UserError(f"there is no command {verb!r}{_did_you_mean(verb, verbs)} (python main.py --help lists all)")
+        raise UserError(f"there is no command {verb!r}{did_you_mean(verb, verbs)} (python main.py --help lists all)")
     arguments = verbs[verb](rest)
     arguments.verb = verb
     return arguments
@@ -45,11 +40,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists all settings)")
 
     def parse(self, line: list[str]) -> Namespace:
-        """Parse; name the nearest flag where one is unknown, and check the settings that are given."""
+        """Parse; name the nearest flag where one is unknown."""
         arguments, unknown = self.parse_known_args(line)
         if unknown:
             word = unknown[0].split("=")[0]
-            self.error(f"unknown argument {word}" + (_did_you_mean(word, self._option_string_actions)
+            self.error(f"unknown argument {word}" + (did_you_mean(word, self._option_string_actions)
                                                      if word.startswith("-") else ""))
         return arguments
 
@@ -67,21 +62,16 @@ class Parser(argparse.ArgumentParser):
                           help=f"a named set of settings: {', '.join(RECIPES)}; flags override it")
 
 
-def _did_you_mean(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f": did you mean {near[0]}?" if near else ""
-
-
 def _recipe(name: str) -> dict[str, Any]:
     """The settings of a recipe."""
     if name not in RECIPES:
-        raise argparse.ArgumentTypeError(f"there is no recipe {name!r}{_did_you_mean(name, RECIPES)} "
+        raise argparse.ArgumentTypeError(f"there is no recipe {name!r}{did_you_mean(name, RECIPES)} "
                                          f"(recipes: {', '.join(RECIPES)})")
     unknown = RECIPES[name].keys() - SETTINGS.keys()
     if unknown:
         setting = min(unknown)
         raise argparse.ArgumentTypeError(f"recipe {name} in config.py has the setting {setting!r}, which is none of Config's"
-                                         + _did_you_mean(setting, SETTINGS))
+                                         + did_you_mean(setting, SETTINGS))
     return RECIPES[name]
 
 
@@ -119,9 +109,8 @@ def _named_dataset(data_dir: str) -> str:
 
 
 def _tell_threads(threads: int) -> None:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > cores:
-        print(f"--threads is {threads}, but this program may use {cores} cores: more threads than cores are slower",
+    if threads > available_cores():
+        print(f"--threads is {threads}, but this program may use {available_cores()} cores: more threads than cores are slower",
               file=sys.stderr)
 
 
@@ -139,7 +128,7 @@ def _parse_sweep(line: list[str]) -> Namespace:
                         help="GPUs of a run on Ray; 0.25 lets four runs share one (default: 1 where there are GPUs, else 0)")
     parser.add_argument("--one-at-a-time", action="store_true", help="vary each setting alone, not all combinations")
     for name, field in SETTINGS.items():
-        if name in FIXED:
+        if name in MACHINE_SETTINGS:
             parser.add_setting(name)
         elif name != "seed":
             parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]")
@@ -149,9 +138,9 @@ def _parse_sweep(line: list[str]) -> Namespace:
     _check_cluster(on, cpus, gpus, given.get("threads", 0))
     if not 1 <= seeds <= 1000:
         raise UserError(f"--seeds is {seeds}, but must lie in 1 to 1000")
-    base = recipe | {name: value for name, value in given.items() if name in FIXED}
-    base |= {name: values[0] for name, values in given.items() if name not in FIXED and len(values) == 1}
-    varied = {name: values for name, values in given.items() if name not in FIXED and len(values) > 1}
+    base = recipe | {name: value for name, value in given.items() if name in MACHINE_SETTINGS}
+    base |= {name: values[0] for name, values in given.items() if name not in MACHINE_SETTINGS and len(values) == 1}
+    varied = {name: values for name, values in given.items() if name not in MACHINE_SETTINGS and len(values) > 1}
     if not varied and seeds == 1:
         raise UserError("nothing varies in this sweep: give a setting several values (--lr 0.01,0.05), or --seeds 3")
     if one_at_a_time:
@@ -186,6 +175,7 @@ def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
     words = {"true": True, "false": False}
 
     def read(text: str) -> list[Any]:
+        """The values in `text`, of which none may come twice."""
         try:
             values = [words[part] if field.type is bool else field.type(part) for part in text.split(",")]  # type: ignore[operator]
             if field.name == "teacher":  # a comma separates the values, so a plus the teachers of one

@@ -88,7 +88,7 @@ def report(error: BaseException) -> int | None:
     elif isinstance(error, UserError | OSError):  # an OSError that nobody foresaw is still the machine's, and names its file
         line, status = f"error: {error}", 2
     elif isinstance(error, MemoryError) or "failed to map segment" in str(error):
-        line, status = "error: memory ran out: free some that other programs hold", 2
+        line, status = "error: out of memory: close other programs", 2
     else:
         return None
     line = " ".join("; ".join([line, *getattr(error, "__notes__", [])]).split())

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import Config, UserError
+from config import Config, UserError, available_cores
 from experiments.claims import CLAIMS, claim
 from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
 from images.dataset import Images
@@ -28,8 +28,7 @@ from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
 from runs.resuming import LOCK
 from runs.weights import Weights, find_teachers
-from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
-from training.machine import available_cores
+from training.errors import StopRequested, as_user_errors, stop_on_signals
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = "output.txt"  # in a run's folder: what it printed
@@ -73,11 +72,12 @@ def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], mark
     import main  # which nothing else imports; a worker loads it by name
 
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's shared memory, which is only read
+    train = partial(main.train, images=images, teachers=teachers)
     if marker.is_here():
-        return _train_in(Path(marker.log_dir), planned, partial(main.train, images=images, teachers=teachers))
+        return _train_in(Path(marker.log_dir), planned, train)
     log_dir = Path(tempfile.mkdtemp(prefix="sweep-"))
     try:
-        result = _train_in(log_dir, planned, partial(main.train, images=images, teachers=teachers))
+        result = _train_in(log_dir, planned, train)
         folder = log_dir / "runs" / result.folder
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in LEFT_BEHIND}
         return replace(result, files=files if result.outcome in (Outcome.TRAINED, Outcome.DIVERGED) else {})
@@ -127,7 +127,8 @@ def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float 
     with ExitStack() as stack:
         outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
-            signals = stack.enter_context(_noted_signals())
+            signals: list[int] = []  # noted, because Ray's calls don't bear an exception from a handler
+            stack.enter_context(stop_on_signals(signals.append))
             stack.enter_context(_connected(ray, address, variables))
             _make_missing(ray, plan, outcomes, cpus, gpus, signals)
     return plan, [outcome for outcome in outcomes if outcome]
@@ -139,7 +140,7 @@ def _claim(planned: PlannedRun, stack: ExitStack) -> Outcome | None:
         return Outcome.ELSEWHERE
     state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
     if state is RunState.FINISHED:
-        print(f"{planned.description} is finished: {folder.name}")
+        print(f"{planned.description}: already finished, {folder.name}")
     return {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}.get(state)
 
 
@@ -191,28 +192,6 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
         return result.outcome, f"failed: {result.message}"
     accuracy = f"{result.accuracy:.2f} % test accuracy, " if result.accuracy is not None else f"{result.outcome.value}, "
     return result.outcome, f"{accuracy}{name}"
-
-
-@contextmanager
-def _noted_signals() -> Iterator[list[int]]:
-    """The signals that came in the body and asked the program to end. Ray's calls don't bear an exception from a handler. A
-    second signal ends the process at once."""
-    signals: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        signals.append(number)
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS
-              if signal.getsignal(number) is not signal.SIG_IGN}
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ JUDGED_BY = {"val_acc": "validation", "test_acc": "test"}
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a group's mean accuracy from that of another group, in points. What can't be known without more seeds is nan."""
+    """The difference between two groups' mean accuracies, in percentage points. nan stands for what one seed can't estimate."""
 
     compared_with: str  # the newest run of the other group
     points: float
@@ -56,8 +56,8 @@ class SettingGroup:
 
     @property
     def metric(self) -> str:
-        """The accuracy that settings are chosen by: that on the validation images where there are some."""
-        return "val_acc" if self.runs[0].record["config"]["validation"] else "test_acc"
+        """The accuracy that settings are chosen by."""
+        return _metric(self.runs[0])
 
     @property
     def epochs(self) -> int:
@@ -108,28 +108,28 @@ def read_finished(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     runs, left_out = [], []
     for folder in folders:
         name, state = printable(folder.name), run_state(folder)
-        if state is RunState.DIVERGED:
-            left_out.append(f"{name} diverged")
-        elif state is RunState.UNFINISHED:
-            left_out.append(f"{name} is not finished")
-        elif state is RunState.FOREIGN:
-            left_out.append(f"{name} is no run of this program")
-        else:
-            try:
-                run = read_run(folder)
-                _check(run)
-                runs.append(run)
-            except UserError as error:
-                left_out.append(f"{name}: {printable(str(error))}")
+        if state is not RunState.FINISHED:
+            left_out.append(f"{name}: {state.value}")
+            continue
+        try:
+            run = read_run(folder)
+            _check(run)
+            runs.append(run)
+        except UserError as error:
+            left_out.append(f"{name}: {printable(str(error))}")
     return runs, left_out
+
+
+def _metric(run: Run) -> str:
+    """The accuracy that settings are chosen by: that on the validation images where there are some."""
+    return "val_acc" if run.record["config"]["validation"] else "test_acc"
 
 
 def _check(run: Run) -> None:
     """Raise UserError unless the run's files agree with each other."""
     config = run.record["config"]
-    metric = "val_acc" if config["validation"] else "test_acc"
     if len(run.rows) != config["epochs"] or not all(math.isfinite(run.rows[-1].get(name, math.nan))
-                                                    for name in (metric, "test_acc", "train_acc")):
+                                                    for name in (_metric(run), "test_acc", "train_acc")):
         raise UserError(f"its log is not that of a finished run of {config['epochs']} epochs")
 
 

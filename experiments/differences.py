@@ -1,21 +1,17 @@
 """What tells two runs apart: the settings that have an effect, and the network."""
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from config import Config
+from config import MACHINE_SETTINGS, SETTINGS
 from images.names import printable
-from runs.record import PATHS, Record
+from runs.record import Record
 
-# Settings that change no result, or change it only as another seed does
-IGNORED = (*PATHS, "seed", "name", "workers", "threads", "device", "batches", "capture", "deterministic", "instruction_set",
-           "pictures", "tensorboard", "dataset")
 # Settings without which others have no effect
 DEPENDENTS = {"affine_p": ("shift", "scale", "rotate"), "coarse_dropout_p": ("coarse_dropout_size",),
               "teacher": ("teacher_share", "temperature")}
 FIGURES = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
-DEFAULTS = {field.name: field.default for field in dataclasses.fields(Config)}
+DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -23,7 +19,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     have their defaults; one that is gone counts where it was in use."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
-    return {name: value for name, value in known.items() if name not in IGNORED and name not in idle}
+    return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 
 def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -73,7 +73,7 @@ def _judgement(table: Table) -> list[str]:
         parts.append(f"Standard deviation over seeds: {', '.join(known)}.")
     tested = sum(difference.verdict != "unknown" for difference in judged)
     if tested:
-        parts.append(f"Where there is no difference, chance alone makes any significant in at most {LEVEL:.0%} of tables. "
+        parts.append(f"If no settings differ, at most {LEVEL:.0%} of tables call any difference significant. "
                      f"\"Detects\" is the smallest difference that so many seeds find in {POWER:.0%} of cases: not significant "
                      "is no proof of none, and more seeds find smaller ones.")
     if tested < len(judged):

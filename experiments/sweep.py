@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.identity import describe_network
-from config import Config, UserError
+from config import Config, UserError, net_settings
 from experiments.claims import claim
 from experiments.differences import same_network, settings
 from images.loading import load_images, resolve_dataset
@@ -64,14 +64,15 @@ def plan_runs(configs: Sequence[Config]) -> list[PlannedRun]:
         if config.teacher not in teachers:
             teachers[config.teacher] = ",".join(teacher.name for teacher in find_teachers(config))
     images = load_images(configs[0].dataset, configs[0].data_dir)
-    fingerprints = {count: images.hold_out(count).fingerprint() for count in {config.validation for config in configs}}
-    networks = {size: describe_network(Net(len(images.class_names), *size))
-                for size in {(config.dropout, config.width) for config in configs}}
+    fingerprints = {count: images.hold_out(count).fingerprint for count in {config.validation for config in configs}}
+    built = [net_settings(vars(config)) for config in configs]
+    networks = {key: describe_network(Net(len(images.class_names), **each))
+                for key, each in {str(each): each for each in built}.items()}
     varied = [name for name in vars(configs[0]) if name != "seed" and len({getattr(config, name) for config in configs}) > 1]
     return [PlannedRun(
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
         settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
-        fingerprints[config.validation], networks[config.dropout, config.width]) for config in configs]
+        fingerprints[config.validation], networks[str(each)]) for config, each in zip(configs, built, strict=True)]
 
 
 def find_matching_run(planned: PlannedRun) -> tuple[RunState, Path] | None:
@@ -104,7 +105,7 @@ def make_claimed_run(planned: PlannedRun, train: Train) -> Outcome:
     config = planned.config
     state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
     if state is RunState.FINISHED:
-        print(f"is finished: {folder.name}")
+        print(f"already finished: {folder.name}")
         return Outcome.PRESENT
     if state is RunState.DIVERGED:
         print(f"diverged: {folder.name}")

@@ -36,13 +36,10 @@ class Images:
     test: Split
     validation: Split
 
+    @cached_property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255; the latter is at least
-        1/255. Computed once, from integer sums, so the same to the bit on every machine."""
-        return self._statistics
-
-    @cached_property
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        1/255. From integer sums, so the same to the bit on every machine."""
         means, stds = [], []
         for channel in range(3):
             parts = np.array_split(self.train.images[..., channel], len(self.train) // 5000 + 1)
@@ -53,13 +50,9 @@ class Images:
             stds.append(max(math.sqrt(squares * pixels - total * total) / (255 * pixels), 1 / 255))
         return tuple(means), tuple(stds)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over all pixels, labels and class names: the same for the same data, whatever folder it lies in. Computed
-        once."""
-        return self._fingerprint
-
     @cached_property
-    def _fingerprint(self) -> str:
+    def fingerprint(self) -> str:
+        """SHA-256 over all pixels, labels and class names: the same for the same data, whatever folder it lies in."""
         digest = hashlib.sha256(os.fsencode("\0".join(self.class_names)))
         for split in (self.train, self.validation, self.test):
             digest.update(np.ascontiguousarray(split.images).data)

@@ -125,7 +125,7 @@ def decode_all(paths: list[str]) -> np.ndarray:
             try:
                 done = _collect(pool.map(_decode_chunk, chunks), bar)
             except BrokenProcessPool as error:
-                raise UserError("a process that decoded images was killed, most likely because memory ran out") from error
+                raise UserError("a process that decoded images was killed, most likely for lack of memory") from error
             finally:
                 pool.shutdown(cancel_futures=True)
     errors = [error for chunk in done for error in chunk.errors]

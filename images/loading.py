@@ -39,15 +39,13 @@ def load_images(dataset: str, data_dir: str) -> Images:
         if dataset == "cifar10" or named:
             raise
         print(error, file=sys.stderr)
+        print(BANNER, flush=True)
         return synthetic()
 
 
-def is_demonstration(config: Config, images: Images) -> bool:
-    """Whether `config` was meant for CIFAR-10 but got the built-in images."""
-    return config.dataset == "auto" and images.kind == "synthetic"
-
-
 def resolve_dataset(config: Config, images: Images) -> Config:
-    """Replace "auto" by the dataset that was loaded, and cut a demonstration to DEMONSTRATION_EPOCHS."""
-    epochs = min(config.epochs, DEMONSTRATION_EPOCHS) if is_demonstration(config, images) else config.epochs
+    """Replace "auto" by the dataset that was loaded. Cut a run that was meant for CIFAR-10 but got the built-in images to
+    DEMONSTRATION_EPOCHS."""
+    is_demonstration = config.dataset == "auto" and images.kind == "synthetic"
+    epochs = min(config.epochs, DEMONSTRATION_EPOCHS) if is_demonstration else config.epochs
     return dataclasses.replace(config, dataset=images.kind, epochs=epochs)

@@ -16,7 +16,7 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies and the calibration error in percent, the loss in nats an image."""
+    """Accuracies and the calibration error in percent, the loss in nats per image."""
 
     accuracy: float
     loss: float

@@ -22,7 +22,6 @@ from config import UserError
 from images.dataset import SIDE, Split
 from inference.classifier import Classifier
 from inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
-from training.dilated import restore_convs
 from training.errors import as_user_errors
 
 EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "int8": ".int8.onnx"}
@@ -73,7 +72,7 @@ def compare_logits(to: str, exported: np.ndarray, logits: np.ndarray, labels: np
     if to == "int8" and not after >= before - INT8_TOLERANCE:
         raise UserError(f"int8 loses more than {INT8_TOLERANCE} points: {comparison}; no file was written, use --to onnx")
     if to != "int8" and not difference <= LOGITS_TOLERANCE:
-        raise UserError(f"the exported network is not the same, its logits should differ by at most {LOGITS_TOLERANCE}: "
+        raise UserError(f"the exported network's logits differ from the network's by more than {LOGITS_TOLERANCE}: "
                         f"{comparison}; no file was written")
     return comparison
 
@@ -127,7 +126,6 @@ def fold(classifier: Classifier) -> Classifier:
     from torch.fx.experimental.optimization import fuse
 
     folded = copy.deepcopy(classifier).cpu()
-    restore_convs(folded.net)  # `fuse` knows PyTorch's own layers only
     folded.net = fuse(folded.net)
     return folded
 

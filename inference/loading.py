@@ -9,15 +9,13 @@ import torch
 from torch import nn
 
 from batches.making import Policies, make_policies, resolve_batches
-from config import Config, UserError
+from config import SETTINGS, Config, UserError, available_cores
 from images.dataset import Images
 from images.loading import load_images
 from inference.network import build_trained_net
-from runs.checkpoint import read_paths
+from runs.checkpoint import read_places
 from runs.weights import Weights, find_weights, read_weights
-from training.machine import available_cores, find_device, keep_freed_memory, memory_format
-
-SETTINGS = {field.name for field in dataclasses.fields(Config)}
+from training.machine import find_device, keep_freed_memory, memory_format
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,10 @@ def _restore_config(weights: Weights, arguments: Namespace) -> Config:
     """The settings of the run on this machine. Those that only training needs have their defaults."""
     data_dir = arguments.data_dir
     if data_dir is None:
-        data_dir = read_paths(weights.path.parent).get("data_dir", Config.data_dir)
+        data_dir = read_places(weights.path.parent).get("data_dir", Config.data_dir)
     here = {"data_dir": data_dir, "log_dir": arguments.log_dir, "device": arguments.device, "threads": available_cores()}
     training = {"batches", "capture", "teacher", "deterministic", "instruction_set"}
-    known = {name: value for name, value in weights.config.items() if name in SETTINGS - training}
+    known = {name: value for name, value in weights.config.items() if name in SETTINGS.keys() - training}
     try:
         return Config(**(known | here))
     except UserError as error:

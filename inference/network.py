@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from analysis.identity import network_identity
-from config import UserError
+from config import UserError, net_settings
 from model import Net
 from runs.record import MODEL
 from runs.weights import Weights
@@ -51,7 +51,7 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
     num_classes = len(weights.class_names)
     try:
         with as_user_errors():
-            net = net_class(num_classes, weights.config["dropout"], weights.config["width"])
+            net = net_class(num_classes, **net_settings(weights.config))
     except UserError:
         raise
     except Exception as error:  # a model.py that the user named may raise anything

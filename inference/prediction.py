@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import UserError
+from config import UserError, available_cores
 from images.decoding import decode, tell_resized
 from images.names import printable
 from inference.classifier import Classifier
-from training.machine import available_cores
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # Pillow's names
 SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # of the files in a folder

@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +27,11 @@ class CheckpointCorrupt(UserError):
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
-    """`state` as a file that torch.load also reads, with its SHA-256 behind it."""
+    """`state` as a file that torch.load also reads, followed by its SHA-256."""
     buffer = io.BytesIO()
-    torch.save(on_cpu(state), buffer)
+    torch.save(state, buffer)
     content = buffer.getvalue()
     return content + hashlib.sha256(content).digest()
-
-
-def on_cpu(value: Any) -> Any:
-    """`value` with the tensors in its dicts and lists on the CPU: a checkpoint of a GPU must load on a machine without."""
-    return _map_tensors(lambda tensor: tensor.cpu(), value)
-
-
-def cloned(value: Any) -> Any:
-    """`value` with clones of the tensors in its dicts and lists, on their own device: the next step changes them in place."""
-    return _map_tensors(torch.clone, value)
-
-
-def _map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value.detach())
-    if isinstance(value, Mapping):
-        return {key: _map_tensors(change, item) for key, item in value.items()}
-    return [_map_tensors(change, item) for item in value] if isinstance(value, list) else value
 
 
 def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
@@ -126,7 +108,7 @@ def read_newest(folder: Path) -> tuple[State, list[str]]:
             raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start it anew") from previous
 
 
-def read_paths(folder: Path) -> dict[str, str]:
+def read_places(folder: Path) -> dict[str, str]:
     """Where the run in `folder` had its images, its logs and its teacher: data_dir, log_dir and teacher, by its checkpoint.
     Empty where it has none."""
     try:

@@ -1,4 +1,4 @@
-"""Which run is meant, and in what state it is: the one answer."""
+"""Find runs by name or path, and determine their state."""
 
 import contextlib
 import json
@@ -50,7 +50,7 @@ def next_number(log_dir: Path) -> int:
 
 
 def named_runs(log_dir: Path, name: str) -> list[Path]:
-    """The folders of the runs that a person calls `name`, newest first: by folder name, by --name, or by path."""
+    """The folders of the runs that match `name`, newest first: by folder name, by --name, or by path."""
     found = [folder for folder in find_runs(log_dir) if name == folder.name
              or (name in folder.name and name == peek_record(folder).get("config", {}).get("name"))]
     if not name or not (found or Path(name).is_dir()):
@@ -59,7 +59,7 @@ def named_runs(log_dir: Path, name: str) -> list[Path]:
 
 
 def find_finished(log_dir: Path, name: str | None) -> Path:
-    """The newest finished run, or the newest finished one that a person calls `name`."""
+    """The newest finished run, or the newest finished one that matches `name`."""
     folders = find_runs(log_dir) if name is None else named_runs(log_dir, name)
     folder = next((folder for folder in folders if run_state(folder) is RunState.FINISHED and (folder / FINAL).exists()), None)
     if folder:
@@ -76,7 +76,7 @@ def find_finished(log_dir: Path, name: str | None) -> Path:
 
 
 def find_unfinished(log_dir: Path, name: str) -> Path:
-    """The newest unfinished run, or the newest unfinished one that a person calls `name`."""
+    """The newest unfinished run, or the newest unfinished one that matches `name`."""
     folders = named_runs(log_dir, name) if name else find_runs(log_dir)
     # a run that diverged is resumed only where it is named
     wanted = (RunState.UNFINISHED, RunState.DIVERGED) if name else (RunState.UNFINISHED,)
@@ -97,7 +97,7 @@ def refuse_run_folder(log_dir: Path) -> None:
 
 
 def _number(folder: Path) -> int:
-    number = peek_record(folder).get("number", 0)  # runs of before have none
+    number = peek_record(folder).get("number", 0)  # older runs have none
     return number if isinstance(number, int) else 0
 
 

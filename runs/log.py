@@ -14,7 +14,7 @@ FORMATS = {
     "epoch": "d", "lr": ".6f", "train_loss": ".4f", "train_acc": ".2f", "val_loss": ".4f", "val_acc": ".2f",
     "test_loss": ".4f", "test_acc": ".2f", "seconds": ".2f",
 }
-Row = dict[str, float]  # one epoch: a value for each column; accuracies in percent, losses in nats an image
+Row = dict[str, float]  # one epoch: a value for each column; accuracies in percent, losses in nats per image
 
 
 class AccuracyLog:
@@ -90,7 +90,7 @@ def comments(name: str, record: dict[str, Any]) -> list[str]:
     if data["kind"] == "synthetic":
         lines.insert(1, "DEMONSTRATION on built-in drawn shapes: no figure here says anything about CIFAR-10")
     if "processes" in machine and machine["device"].startswith("cpu"):
-        lines.append("batch normalization: in training by the images of each process; saved are the statistics of the first")
+        lines.append("BatchNorm uses the statistics of each process in training; the running statistics of the first are saved")
     return [printable(line) for line in lines + record["notes"]]  # one line each, whatever a folder is called
 
 

@@ -28,16 +28,12 @@ def draw_all(run: Run, images: Images, policy: A.Compose, probabilities: np.ndar
     the receptive fields behind the stages of the network, in pixels.
     """
     names, labels = images.class_names, images.test.labels
-    drawings = {
-        "accuracy.png": lambda path: accuracy(run, path),
-        "confusion_matrix.png": lambda path: confusion_matrix(labels, probabilities.argmax(1), names, path),
-        "mistakes.png": lambda path: mistakes(images.test, probabilities, names, path),
-        "augmentation.png": lambda path: augmentation(images.train, policy, names, path),
-        "receptive_field.png": lambda path: receptive_field(images.test.images[0], stages, path),
-    }
-    for name, draw in drawings.items():
-        draw(run.folder / name)
-    return list(drawings)
+    accuracy(run, run.folder / "accuracy.png")
+    confusion_matrix(labels, probabilities.argmax(1), names, run.folder / "confusion_matrix.png")
+    mistakes(images.test, probabilities, names, run.folder / "mistakes.png")
+    augmentation(images.train, policy, names, run.folder / "augmentation.png")
+    receptive_field(images.test.images[0], stages, run.folder / "receptive_field.png")
+    return ["accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png"]
 
 
 def accuracy(run: Run, path: Path) -> None:
@@ -49,7 +45,7 @@ def accuracy(run: Run, path: Path) -> None:
         _draw_curves(axes, run, metric)
     upper.set(ylabel="accuracy, %")
     upper.set_title(f"{label(run.folder.name, 50)} on {label(run.record['dataset']['kind'])}", loc="left", fontsize=13)
-    middle.set(ylabel="loss, nats an image")
+    middle.set(ylabel="loss, nats per image")
     lower.plot(epochs, [row["lr"] for row in run.rows], color=GREY, marker="o" if len(epochs) == 1 else None)
     lower.set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -174,14 +170,15 @@ def augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], pa
 
 
 def _tile(axes: Axes, pictures: Sequence[np.ndarray], columns: int, gaps: tuple[int, int]) -> list[tuple[int, int]]:
-    """Draw pictures, uint8 SIDE x SIDE x 3, row by row, with `gaps` between the rows and the columns. Returns their upper
-    left corners, (x, y). All lengths are in pixels of the pictures."""
+    """Draw pictures, uint8, at most SIDE x SIDE x 3, row by row, with `gaps` between the rows and the columns. Returns the
+    upper left corners of their places, (x, y). All lengths are in pixels of the pictures."""
     down, across = SIDE + gaps[0], SIDE + gaps[1]
     rows = max(-(-len(pictures) // columns), 1)
     corners = [(index % columns * across, index // columns * down) for index in range(len(pictures))]
     canvas = np.full((rows * down - gaps[0], columns * across - gaps[1], 3), 255, dtype=np.uint8)
     for picture, (x, y) in zip(pictures, corners, strict=True):
-        canvas[y:y + SIDE, x:x + SIDE] = picture
+        top, left = (y + (SIDE - picture.shape[0]) // 2, x + (SIDE - picture.shape[1]) // 2)
+        canvas[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
     axes.imshow(canvas, interpolation="nearest", extent=(0, canvas.shape[1], canvas.shape[0], 0))
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)

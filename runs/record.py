@@ -1,4 +1,4 @@
-"""A run as its folder tells it: config.json, the log, the summary. What is read is checked, once, here."""
+"""Read and check what describes a run: config.json, the log, the summary."""
 
 import importlib.metadata
 import json
@@ -47,12 +47,12 @@ def make_record(config: Config, network: Mapping[str, Any], images: Images, mach
     """The content of config.json. `network` is that of analysis.identity.describe_network, `machine` has the device, the
     instruction set, and the number of processes where there are several, `number` counts the runs of a log folder, `teacher`
     names the teacher's weights wherever they lie."""
-    mean, std = images.statistics()
+    mean, std = images.statistics
     return {
         "number": number,
         "config": {key: value for key, value in asdict(config).items() if key not in PATHS} | {"teacher": teacher},
         "network": dict(network),
-        "dataset": {"kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint(),
+        "dataset": {"kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint,
                     "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
                     "mean": list(mean), "deviation": list(std)},
         "machine": {**machine, "system": platform.system()},

@@ -1,13 +1,13 @@
-"""Load an unfinished run, and check that it goes on as what it was."""
+"""Load an unfinished run, and check that it resumes with the same settings, images and network."""
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from config import Config, UserError, flag
+from config import SETTINGS, Config, UserError, flag
 from runs.checkpoint import State, read_newest
 from runs.files import TEMPORARY, lock_file, unwritable
 from runs.finding import CHECKPOINT, find_unfinished
@@ -29,7 +29,7 @@ class Unfinished:
     lock: IO[bytes]
 
     def continue_record(self, record: Record) -> Record:
-        """`record`, which is of now, with the number of the run, its notes, and a note on what has changed since. Raises
+        """`record`, made by this process, with the number of the run, its notes, and a note on what has changed since. Raises
         UserError where the images, the network or the teacher are not the same."""
         before, name = self.state["record"], self.folder.name
         if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
@@ -87,7 +87,7 @@ def restore_config(settings: Mapping[str, Any], paths: Mapping[str, str], folder
     known = {"batches": "workers"} | dict(settings) | dict(paths)  # before there was that setting, workers made them all
     if isinstance(known.get("capture"), bool):  # so it was written before there was `auto`
         known["capture"] = "on" if known["capture"] else "off"
-    unknown = known.keys() - {field.name for field in fields(Config)}
+    unknown = known.keys() - SETTINGS.keys()
     if unknown:
         raise UserError(f"run {folder.name} was made by another version of this program, with the settings "
                         f"{', '.join(sorted(unknown))}: resume it with that one, or start it anew")
@@ -107,7 +107,7 @@ def lock_run(folder: Path) -> IO[bytes]:
 
 
 def _same_version(one: str, other: str) -> bool:
-    """Whether two are equal, or one only says more: 2.14.1 and 2.14.1+cu130, which records of before hold."""
+    """Whether two are equal, or one only says more: 2.14.1 and 2.14.1+cu130, which older records hold."""
     short, long = sorted((one, other), key=len)
     return long == short or long.startswith((f"{short}.", f"{short}+"))
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from config import Config, UserError
+from config import Config, UserError, net_settings
 from images.dataset import Images
 from model import Net
 from runs.files import write
@@ -44,13 +44,13 @@ class Weights:
     def trained_on(self, images: Images) -> bool:
         """Whether these weights were trained on `images`, as far as the file tells."""
         if self.fingerprint:
-            return self.fingerprint == images.fingerprint()
-        pairs = zip((*self.mean, *self.std), itertools.chain(*images.statistics()), strict=True)
+            return self.fingerprint == images.fingerprint
+        pairs = zip((*self.mean, *self.std), itertools.chain(*images.statistics), strict=True)
         return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
 
-    def build_net(self, net_class: type[nn.Module] = Net) -> nn.Module:
+    def build_net(self) -> nn.Module:
         """The network of these weights, on the CPU."""
-        net = net_class(len(self.class_names), self.config["dropout"], self.config["width"])
+        net = Net(len(self.class_names), **net_settings(self.config))
         self.load_into(net)
         return net
 
@@ -66,7 +66,7 @@ class Weights:
 
 
 def find_weights(log_dir: Path, name: str | None) -> Path:
-    """The .safetensors file that is named, or the final weights of the newest finished run that a person calls `name`."""
+    """The .safetensors file that is named, or the final weights of the newest finished run that matches `name`."""
     if name is None or Path(name).suffix != ".safetensors":
         return find_finished(log_dir, name) / FINAL
     path = next((path for path in (Path(name), log_dir / "runs" / name) if path.is_file()), None)
@@ -81,7 +81,7 @@ def find_teachers(config: Config) -> list[Weights]:
     try:
         return [read_weights(find_weights(Path(config.log_dir), name)) for name in config.teacher.split(",") if name]
     except UserError as error:
-        raise UserError(f"there is no teacher: {error}") from error
+        raise UserError(f"--teacher: {error}") from error
 
 
 def check_teachers(teachers: Sequence[Weights], images: Images) -> None:
@@ -107,8 +107,8 @@ def read_weights(path: Path) -> Weights:
         mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "standard_deviation"))
         if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise ValueError("its mean and standard deviation are not those of three channels")
-        config = {"dropout": 0.0, "width": 1} | metadata["config"]
-        Config(dropout=config["dropout"], width=config["width"])
+        config = net_settings(vars(Config())) | metadata["config"]  # older files have fewer settings
+        Config(**net_settings(config))
         class_names = metadata["class_names"]
         if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
             raise ValueError("its class names are no list of names")

@@ -1,6 +1,7 @@
 """Write what a run leaves on disk while it trains: log, checkpoints, weights, summary."""
 
 import contextlib
+import copy
 import os
 import shlex
 import time
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from config import Config
-from runs.checkpoint import State, cloned, pack, write_checkpoint
+from runs.checkpoint import State, pack, write_checkpoint
 from runs.files import make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
 from runs.jobs import mark_job
@@ -31,14 +32,14 @@ class RunWriter:
     """Writes the files of one run and holds its lock. As a context manager, it saves what can be saved when the run ends early,
     and notes on the exception what is safe and how to resume."""
 
-    def __init__(self, folder: Path, lock: IO[bytes], record: Record, paths: Mapping[str, str], net: nn.Module,
+    def __init__(self, folder: Path, lock: IO[bytes], record: Record, places: Mapping[str, str], net: nn.Module,
                  optimizer: torch.optim.Optimizer, state: State) -> None:
         """`state` is that of the newest checkpoint; see start_run and resume_run."""
-        self.folder, self.lock, self.record, self.paths = folder, lock, record, paths
+        self.folder, self.lock, self.record, self.places = folder, lock, record, places
         self.net, self.optimizer = net, optimizer
         self.rows: list[Row] = state["rows"]
         self.best: dict[str, Any] | None = state.get("best")  # epoch and weights of the highest validation accuracy
-        self.log = AccuracyLog(folder, Path(paths["log_dir"]), record, self.rows)
+        self.log = AccuracyLog(folder, Path(places["log_dir"]), record, self.rows)
         self.saved_epochs, self.saved_at = len(self.rows), time.monotonic()
         self.unsaved: State | None = None
 
@@ -61,9 +62,9 @@ class RunWriter:
         """Add an epoch to the log; write a checkpoint if the last one is INTERVAL ago, or after the last epoch. Returns the
         log's row."""
         if "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in self.rows):
-            self.best = {"epoch": row["epoch"], "net": cloned(self.net.state_dict())}
+            self.best = {"epoch": row["epoch"], "net": copy.deepcopy(self.net.state_dict())}
         self.rows.append(row)
-        self.unsaved = cloned(_make_state(self.net, self.optimizer, self.rows, self.record, self.paths))
+        self.unsaved = copy.deepcopy(_make_state(self.net, self.optimizer, self.rows, self.record, self.places))
         if self.best:
             self.unsaved["best"] = self.best
         if last or time.monotonic() - self.saved_at >= INTERVAL:
@@ -124,28 +125,51 @@ class RunWriter:
                 "config": {key: value for key, value in self.record["config"].items() if key != "workers"}}
 
 
-def local_paths(config: Config) -> dict[str, str]:
+class NoWriter(RunWriter):
+    """Writes nothing: for processes that leave the files to the first one."""
+
+    def __init__(self) -> None:
+        self.folder, self.rows = Path(), []
+
+    def start_log(self, network_summary: str) -> None:
+        """Nothing."""
+
+    def add_notes(self, *notes: str) -> None:
+        """Nothing."""
+
+    def save_epoch(self, row: Row, last: bool) -> str:
+        """Nothing. Returns an empty line."""
+        return ""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def local_places(config: Config) -> dict[str, str]:
     """Where images, logs and teachers are on this machine, to find them again from another folder."""
     teachers = (os.path.abspath(name) if name and os.path.exists(name) else name for name in config.teacher.split(","))
     return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
 
 
 def _make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,
-                paths: Mapping[str, str]) -> State:
+                places: Mapping[str, str]) -> State:
     """What a checkpoint holds. The tensors are the network's own."""
     return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "record": record,
-            "places": dict(paths)}
+            "places": dict(places)}
 
 
 def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer) -> RunWriter:
     """Make the folder of a new run, with a checkpoint of its beginning, so that it can be resumed from then on."""
     remove_run_leftovers(Path(config.log_dir))
-    paths = local_paths(config)
-    state = _make_state(net, optimizer, [], record, paths)
+    places = local_places(config)
+    state = _make_state(net, optimizer, [], record, places)
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
         CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
-    return RunWriter(folder, lock_run(folder), record, paths, net, optimizer, state)
+    return RunWriter(folder, lock_run(folder), record, places, net, optimizer, state)
 
 
 def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.Module,
@@ -155,7 +179,7 @@ def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.M
     with unfinished.as_misfit():
         net.load_state_dict(state["net"])
         _load_optimizer_state(optimizer, state["optimizer"]["state"])
-    return RunWriter(unfinished.folder, unfinished.lock, record, local_paths(config), net, optimizer, state)
+    return RunWriter(unfinished.folder, unfinished.lock, record, local_places(config), net, optimizer, state)
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:

@@ -108,6 +108,26 @@ def test_with_validation_the_test_images_wait_for_the_end(run, tmp_path):
     assert read_run(folder).record["dataset"]["train"] == 39
 
 
+@pytest.mark.parametrize("workers", [(), ("--batches", "workers")])
+def test_small_crops_first_then_whole_images_resume_included(run, tmp_path, monkeypatch, workers):
+    sides, train_epoch = [], main.train_epoch
+
+    def noting(step, batches, *others):
+        batches = list(batches)
+        sides.append({images.shape[-1] for images, _ in batches})
+        return train_epoch(step, batches, *others)
+
+    monkeypatch.setattr(main, "train_epoch", noting)
+    line = ("--epochs", "4", "--crop-size", "24", "--uncropped-share", "0.5", *workers)
+    assert run(*line)[0] == 0
+    whole = only_run(tmp_path)
+    assert sides == [{24}, {24}, {32}, {32}]
+    at_epoch(monkeypatch, 2, raising(KeyboardInterrupt()))
+    assert run(*line)[0] == 130
+    assert run("--resume")[0] == 0
+    assert figures(find_runs(tmp_path / "logs")[0]) == figures(whole)
+
+
 def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, monkeypatch):
     real = synthetic()
     monkeypatch.setattr("images.loading.synthetic", lambda: Images(
@@ -116,7 +136,7 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, mo
     monkeypatch.chdir(tmp_path)  # where there is no folder "data"
     status, out, err = run("--dataset", "auto", "--data-dir", Config.data_dir)
     assert status == 0
-    assert "DEMONSTRATION" in out
+    assert "*  DEMONSTRATION on built-in drawn shapes" in out
     assert "could not be downloaded" in err
     for name in ("logs/model_accuracy.log", f"logs/runs/{only_run(tmp_path).name}/model_accuracy.log"):
         comments, rows = read_log(tmp_path / name)

@@ -10,40 +10,12 @@ from config import Config
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
 from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
-from training.step import Step, TrainStep
+from training.step import TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 # Before this release a capture that failed left the allocator believing that it went on (pytorch #180395)
 FAILURES_END_CLEANLY = (2, 13)
 Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
-
-
-def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
-              distillation: Distillation | None = None, processes: Processes = ALONE) -> Step:
-    """A training step, captured where `config.capture` wants it and the device can. Prints why not where it was asked for."""
-    step = TrainStep(net, optimizer, device, config.label_smoothing, distillation, processes)
-    if config.capture == "off":
-        return step
-    reason = ""
-    if device.type != "cuda" or config.batches != "device":
-        reason = "that needs CUDA, and batches made on the device"
-    elif processes.size > 1:
-        reason = "that needs a run of one process"
-    elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
-        reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
-    if not reason:
-        return CapturedStep(step)
-    if config.capture == "on":
-        print(f"Steps are not captured: {reason}.")
-    if device.type == "cuda":
-        step.note = f"not captured: {reason}"
-    return step
-
-
-def torch_version() -> tuple[int, int]:
-    """PyTorch's major and minor version."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
 
 
 class CapturedStep:
@@ -53,7 +25,7 @@ class CapturedStep:
 
     def __init__(self, step: TrainStep) -> None:
         self.step, self.net, self.optimizer = step, step.net, step.optimizer
-        self.metrics, self.device = step.metrics, step.device
+        self.metrics, self.device, self.processes = step.metrics, step.device, step.processes
         self.note = ""
         self.first_done = 0.0
         self.recorded: dict[torch.Size, Recorded] = {}
@@ -154,6 +126,37 @@ class CapturedStep:
             self.rates_now = floats
 
 
+Step = TrainStep | CapturedStep
+
+
+def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device, config: Config,
+              distillation: Distillation | None = None, processes: Processes = ALONE) -> Step:
+    """A training step, captured where `config.capture` wants it and the device can. Prints why not where it was asked for."""
+    step = TrainStep(net, optimizer, device, config.label_smoothing, distillation, processes)
+    if config.capture == "off":
+        return step
+    reason = ""
+    if device.type != "cuda" or config.batches != "device":
+        reason = "that needs CUDA, and batches made on the device"
+    elif processes.size > 1:
+        reason = "that needs a run of one process"
+    elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
+        reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
+    if not reason:
+        return CapturedStep(step)
+    if config.capture == "on":
+        print(f"Steps are not captured: {reason}.")
+    if device.type == "cuda":
+        step.note = f"not captured: {reason}"
+    return step
+
+
+def torch_version() -> tuple[int, int]:
+    """PyTorch's major and minor version."""
+    major, minor = torch.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> None:
     """Run a few times, on CUDA in a stream of its own, as captures want it."""
     if device.type != "cuda":
@@ -185,5 +188,5 @@ def _graph(run: Callable[[], object]) -> Callable[[], object]:
 
 
 def _eager_twin(run: Callable[[], object]) -> Callable[[], object]:
-    """What stands for a graph where there is none: the same step on the same memory."""
+    """The stand-in for a CUDA graph on a CPU: the same step, eager, on the same memory."""
     return run

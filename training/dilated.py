@@ -15,7 +15,7 @@ class FastDilatedConv2d(nn.Conv2d):
     """
 
     def forward(self, maps: Tensor) -> Tensor:
-        """Float N x C x H x W, in and out. The short way only in training."""
+        """Float N x C x H x W, in and out. Uses the fast path in training mode only."""
         step = self.dilation[0]
         number, channels, height, width = maps.shape
         if not self.training:
@@ -32,17 +32,10 @@ class FastDilatedConv2d(nn.Conv2d):
 
 
 def use_fast_dilated_convs(net: nn.Module, device: torch.device) -> None:
-    """Have the dilated depthwise convolutions of `net` computed so, where that is faster."""
+    """Replace the dilated depthwise convolutions of `net` by FastDilatedConv2d on a CPU, where that is faster."""
     for layer in net.modules():
         if device.type == "cpu" and type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
             layer.__class__ = FastDilatedConv2d
-
-
-def restore_convs(net: nn.Module) -> None:
-    """Undo `use_fast_dilated_convs`."""
-    for layer in net.modules():
-        if type(layer) is FastDilatedConv2d:
-            layer.__class__ = nn.Conv2d  # type: ignore[assignment]
 
 
 def _is_dilated_depthwise(layer: nn.Conv2d) -> bool:

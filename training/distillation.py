@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Distillation:
-    """Adds trained networks' predictions to the loss: those for the very images of a batch, as they were augmented."""
+    """Adds the predictions of trained networks to the loss. They see the same augmented images as the network that learns."""
 
     def __init__(self, teachers: Sequence[nn.Module], weight: float, temperature: float) -> None:
         """`weight` is the teachers' share of the loss, 0 to 1; the labels have the rest."""

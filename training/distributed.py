@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -97,8 +96,7 @@ class Processes:
             parameter.grad.copy_(mean.view_as(parameter))
 
     def share_buffers(self, net: nn.Module) -> None:
-        """Give all processes the buffers of the first one: the statistics of BatchNorm, which training doesn't use. They are
-        those that are tested and saved."""
+        """Broadcast BatchNorm's running statistics from the first process. Evaluation and checkpoints use them."""
         self._share(dict(net.named_buffers()))
 
     def share_state(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -130,7 +128,7 @@ class Processes:
                     images = load(kind, config.data_dir)
             self.sum()  # wait for the others
         assert images is not None
-        fingerprint = images.fingerprint()
+        fingerprint = images.fingerprint
         if self.decide(lambda: fingerprint) != fingerprint:
             raise UserError(f"the images in {config.data_dir} are not those of the first process: all machines need the same")
         return images
@@ -184,28 +182,6 @@ def synchronize_norms(net: nn.Module, processes: Processes, device: torch.device
 def whole_sizes(count: int, batch_size: int) -> Iterator[int]:
     """The sizes of the batches of `count` images."""
     return (min(batch_size, count - start) for start in range(0, count, batch_size))
-
-
-class NoWriter:
-    """In place of a RunWriter in the processes that write no files."""
-
-    folder, rows = Path(), ()
-
-    def start_log(self, network_summary: str) -> None:
-        """Nothing."""
-
-    def add_notes(self, *notes: str) -> None:
-        """Nothing."""
-
-    def save_epoch(self, row: dict[str, float], last: bool) -> str:
-        """Nothing."""
-        return ""
-
-    def __enter__(self) -> "NoWriter":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 @contextmanager

@@ -10,11 +10,12 @@ from tqdm import tqdm
 
 from config import UserError
 from images.dataset import SIDE
+from training.capture import Step
 from training.distributed import ALONE, Processes
 from training.machine import cudnn_search, memory_format
 from training.metrics import Result
 from training.schedule import set_learning_rate
-from training.step import Step, autocast
+from training.step import autocast
 
 BatchStream = Iterable[tuple[Tensor, Tensor]]  # images float32 N x 3 x H x W, labels int64 N
 
@@ -36,12 +37,12 @@ def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int],
         count = next(sizes) if sizes else len(labels)
         trained += count
         bar.update(count)
-        if step.metrics.processes.is_first and time.monotonic() - shown > 1:
+        if step.processes.is_first and time.monotonic() - shown > 1:
             shown = time.monotonic()
             latest = metrics.latest()
             if latest is not None:
                 bar.set_postfix_str(f"loss {latest.checked().loss:.4f}, accuracy {latest.accuracy:.2f} %", refresh=False)
-    metrics.processes.share_buffers(step.net)
+    step.processes.share_buffers(step.net)
     return metrics.result().checked()
 
 

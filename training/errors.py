@@ -1,14 +1,14 @@
 """Signals, exhausted memory and dead workers as one-line errors."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from config import UserError
 
-FREE_MEMORY = "free some that other programs hold; to train with less, start a new run with a smaller --batch-size"
-WORKER_KILLED = "a worker process was killed, most likely because memory ran out: lower --workers"
+FREE_MEMORY = "close other programs; to train with less, start a new run with a smaller --batch-size"
+WORKER_KILLED = "a worker process was killed, most likely for lack of memory: lower --workers"
 STOP_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -26,14 +26,20 @@ class StopRequested(BaseException):
         self.status = 128 + number
 
 
+def raise_stop(number: int) -> None:
+    """Raise StopRequested."""
+    raise StopRequested(number)
+
+
 @contextmanager
-def stop_on_signals() -> Iterator[None]:
-    """Raise StopRequested in the body at the first SIGINT, SIGTERM or SIGHUP. A second one ends the process at once."""
+def stop_on_signals(action: Callable[[int], object] = raise_stop) -> Iterator[None]:
+    """Call `action` with its number at the first SIGINT, SIGTERM or SIGHUP in the body. A second one ends the process at
+    once."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each in before:
             signal.signal(each, signal.SIG_DFL)
-        raise StopRequested(number)
+        action(number)
 
     # nohup has SIGHUP ignored, and it must stay so
     before = {each: signal.getsignal(each) for each in STOP_SIGNALS
@@ -70,15 +76,14 @@ def _user_message(error: Exception) -> str | None:
     if isinstance(error, EOFError | ConnectionError):  # a worker's batch was on its way
         return WORKER_KILLED
     if type(error).__name__ == "OutOfMemoryError":  # torch's; not imported, because errors are shown before torch is loaded
-        return f"the GPU's memory ran out: {FREE_MEMORY}"
-    if isinstance(error, SystemError):  # of a library in C that couldn't get memory to say so
-        return f"memory ran out: {FREE_MEMORY}" if "without exception set" in text or "without setting an" in text else None
-    if isinstance(error, ImportError):
-        return f"memory ran out: {FREE_MEMORY}" if "failed to map segment" in text else None
+        return f"out of GPU memory: {FREE_MEMORY}"
     if "shared memory" in text:
-        return "shared memory ran out: use --workers 0, or give the container more of it (--shm-size)"
+        return "out of shared memory: use --workers 0, or give the container more of it (--shm-size)"
     if text.startswith("DataLoader worker (pid") or "ancdata" in text:
         return WORKER_KILLED
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        return f"memory ran out: {FREE_MEMORY}"
+    no_memory = {SystemError: ("without exception set", "without setting an"),  # a C library's, which got no memory to say so
+                 ImportError: ("failed to map segment",), RuntimeError: ("can't allocate memory", "out of memory")}
+    if isinstance(error, MemoryError) or any(isinstance(error, kind) and any(words in text for words in phrases)
+                                             for kind, phrases in no_memory.items()):
+        return f"out of memory: {FREE_MEMORY}"
     return None

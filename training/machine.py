@@ -75,19 +75,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 @contextmanager
 def cudnn_search(wanted: bool) -> Iterator[None]:
-    """Without `wanted`, cuDNN doesn't time its algorithms for shapes that are new in the body; it takes the one that it
-    expects to be the fastest. For sizes that are rare, a search takes longer than it saves."""
+    """Disable cudnn.benchmark in the body unless it is `wanted`. For shapes that are rare, timing cuDNN's algorithms takes
+    longer than it saves."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before and wanted
     try:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:

@@ -11,7 +11,7 @@ from training.errors import Diverged
 
 
 class Result(NamedTuple):
-    """Mean loss, in nats an image, and accuracy, in percent."""
+    """Mean loss, in nats per image, and accuracy, in percent."""
 
     loss: float
     accuracy: float
@@ -48,8 +48,6 @@ class Metrics:
 
     def result(self) -> Result:
         """Loss and accuracy so far, of all processes. Waits for the device, and for them."""
-        if self.processes.size == 1:
-            return self._result(self.sums, self.images)
         loss, correct, images = self.processes.sum(*self.sums.tolist(), self.images)
         return Result(loss=loss / images, accuracy=100 * correct / images)
 

@@ -8,7 +8,7 @@ from config import Config
 
 
 def learning_rate(config: Config, epoch: float) -> float:
-    """The learning rate at `epoch`, which may have a fraction: the part of it that is done.
+    """The learning rate at `epoch`, which may be fractional: 3.5 is halfway through epoch 3.
 
     A cosine from `lr` to `min_lr`, stepped per epoch (Loshchilov and Hutter 2017, arXiv:1608.03983): the closed form of
     torch's CosineAnnealingLR. As a function it has no state to save, so a resumed run only counts its epochs.

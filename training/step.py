@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +14,6 @@ from training.machine import cudnn_search, has_bfloat16
 from training.metrics import Metrics
 
 
-class Step(Protocol):
-    """Trains on one batch: a TrainStep, or a CapturedStep."""
-
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    device: torch.device
-    metrics: Metrics
-    note: str  # how steps run, for the log; "" where there is nothing to say. Complete after the first epoch
-    first_done: float  # time.perf_counter() when the first step returned; 0 before
-
-    def __call__(self, images: Tensor, labels: Tensor) -> None:
-        """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
-
-
 class TrainStep:
     """Trains on one batch and adds it to the metrics, without waiting for the device."""
 
@@ -37,8 +22,8 @@ class TrainStep:
         self.net, self.optimizer, self.device = net, optimizer, device
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
-        self.note = ""
-        self.first_done = 0.0
+        self.note = ""  # how steps run, for the log; complete after the first epoch
+        self.first_done = 0.0  # time.perf_counter() when the first step returned
         self.full_batch = 0  # images of the first batch
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:

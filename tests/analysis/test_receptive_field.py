@@ -33,7 +33,7 @@ class Branching(nn.Module):
 def test_a_branch_is_followed_to_its_join_and_then_named():
     found = {c.name: c for c in convolutions(Branching())}
     assert [found[name].receptive_field for name in ("first", "left", "right", "last")] == [3, 5, 7, None]
-    assert found["last"].unknown.startswith("last is given what no layer put out")
+    assert found["last"].unknown.startswith("last gets an input that no layer returned")
     assert describe_network(Branching())["receptive_field"] is None
 
 

@@ -30,7 +30,7 @@ def images() -> Images:
 
 @pytest.mark.parametrize("batches", ["device", "workers"])
 def test_validation_and_test_images_are_normalized_and_not_augmented(images, batches):
-    mean, std = images.statistics()
+    mean, std = images.statistics
     assert min(mean) > 1.2 * max(std)  # so that one can't be taken for the other
     config = Config(batches=batches, workers=0)
     made = make_batches(config, images, make_policies(config, mean, std), CPU)
@@ -44,7 +44,7 @@ def test_validation_and_test_images_are_normalized_and_not_augmented(images, bat
 
 @pytest.mark.parametrize("batches", ["device", "workers"])
 def test_training_images_are_augmented(images, batches):
-    mean, std = images.statistics()
+    mean, std = images.statistics
     config = Config(batches=batches, workers=0, coarse_dropout_p=0.0, affine_p=0.0)
     made = make_batches(config, images, make_policies(config, mean, std), CPU)
     pixels = torch.cat([part for part, _ in made.in_order("train")]).permute(0, 2, 3, 1).numpy()
@@ -54,8 +54,18 @@ def test_training_images_are_augmented(images, batches):
     assert 0.3 < flipped.mean() < 0.7
 
 
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_images_with_two_policies_lie_there_once(images, batches):
+    config = Config(batches=batches, workers=0, crop_size=16, uncropped_share=0.5)
+    made = make_batches(config, images, make_policies(config, *images.statistics), CPU)
+    data = made if batches == "device" else made.loader.dataset
+    assert data.images["uncropped"] is data.images["train"]
+    assert data.labels["uncropped"] is data.labels["train"]
+    assert "uncropped" not in make_policies(Config(crop_size=16), *images.statistics)
+
+
 def test_batches_are_made_where_the_config_says(images):
-    policies = make_policies(Config(), *images.statistics())
+    policies = make_policies(Config(), *images.statistics)
     assert isinstance(make_batches(Config(batches="device"), images, policies, CPU), DeviceBatches)
     assert isinstance(make_batches(Config(batches="workers", workers=0), images, policies, CPU), WorkerBatches)
 
@@ -63,7 +73,7 @@ def test_batches_are_made_where_the_config_says(images):
 # ---------------------------------------------------------------- auto, device, workers
 
 def test_auto_is_the_device_where_that_is_possible(images, capsys):
-    policies = make_policies(Config(), *images.statistics())
+    policies = make_policies(Config(), *images.statistics)
     assert resolve_batches("auto", policies, images, CPU) == "device"
     assert resolve_batches("device", policies, images, CPU) == "device"
     assert resolve_batches("workers", policies, images, CPU) == "workers"
@@ -73,7 +83,7 @@ def test_auto_is_the_device_where_that_is_possible(images, capsys):
 @pytest.mark.parametrize(("split", "device", "words"), [
     ("train", "cpu", "GaussNoise"), ("test", "cpu", "GaussNoise"), (None, "mps", "64-bit arithmetic")])
 def test_auto_falls_back_to_workers_and_device_is_an_error(images, capsys, split, device, words):
-    policies = make_policies(Config(), *images.statistics())
+    policies = make_policies(Config(), *images.statistics)
     if split:
         policies[split] = A.Compose([A.GaussNoise(), *policies[split].transforms])
     assert resolve_batches("auto", policies, images, torch.device(device)) == "workers"
@@ -96,7 +106,7 @@ def test_a_run_augments_its_training_images_only(run, pictures, monkeypatch):
     monkeypatch.setattr("main.make_batches", spy)
     assert run("--epochs", "1", "--validation", "6")[0] == 0
     [(images, policies)] = seen
-    mean, std = images.statistics()
+    mean, std = images.statistics
     assert len(images.train) == 42
     expected = make_policies(Config(), mean, std)
     assert {name: policy.to_dict() for name, policy in policies.items()} == {

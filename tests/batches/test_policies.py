@@ -9,9 +9,10 @@ import torch
 from test_worker_batches import MEAN, STD, joined, make
 
 from batches.device_batches import DeviceBatches
+from batches.making import make_batches, make_policies
 from batches.policy import train_policy
 from config import Config
-from images.dataset import Split
+from images.dataset import Images, Split, empty_split
 from images.synthetic import synthetic
 
 
@@ -89,3 +90,21 @@ def test_a_crop_moves_the_image_by_up_to_the_padding(padding, on_device):
     places = set(zip(down.tolist(), right.tolist(), strict=True))
     every = range(-padding, padding + 1)
     assert places == {(y, x) for y in every for x in every}
+
+
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_a_small_crop_is_a_window_of_the_image_and_the_last_epochs_have_whole_ones(batches):
+    image = np.stack([*np.mgrid[0:32, 0:32], np.zeros((32, 32))], axis=2).astype(np.uint8)  # each pixel says where it is
+    split = Split(np.repeat(image[None], 1000, 0), np.zeros(1000, np.int64))
+    images = Images("synthetic", ("one",), split, split, empty_split())
+    config = Config(flip_p=0.0, affine_p=0.0, coarse_dropout_p=0.0, crop_size=24, uncropped_share=0.2, batches=batches,
+                    workers=0)
+    made = make_batches(config, images, make_policies(config, (0.0,) * 3, (1 / 255,) * 3), torch.device("cpu"))
+    cropped = joined(made.in_order("train"))[0].round().long()
+    assert cropped.shape == (1000, 3, 24, 24)
+    assert cropped.is_contiguous(memory_format=torch.channels_last)
+    window = torch.from_numpy(image[:24, :24]).permute(2, 0, 1)
+    assert torch.equal(cropped - cropped[:, :, :1, :1], window.expand(1000, 3, 24, 24))
+    assert set(map(tuple, cropped[:, :2, 0, 0].tolist())) == {(top, left) for top in range(9) for left in range(9)}
+    whole = joined(made.in_order("uncropped"))[0].round().long()
+    assert torch.equal(whole, torch.from_numpy(image).permute(2, 0, 1).expand(1000, 3, 32, 32))

@@ -1,12 +1,12 @@
 """The command line, without running it."""
 
+import os
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from commands import parser
 from commands.parser import parse
 from config import RECIPES, Config, UserError
 
@@ -69,7 +69,7 @@ def test_one_at_a_time_varies_each_setting_alone():
 
 
 def test_more_threads_than_cores_are_told(capsys, monkeypatch):
-    monkeypatch.setattr(parser.os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     parse(["--threads", "3"])
     assert "--threads is 3, but this program may use 2 cores" in capsys.readouterr().err
 

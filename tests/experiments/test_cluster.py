@@ -209,7 +209,7 @@ def test_a_sweep_on_two_nodes_gives_the_bits_of_one_here(line, on_ray, command, 
     assert out.count("% test accuracy, ") == 8
     status, out, _ = command(*line("--epochs", "1", *on_ray))  # nothing is left to do
     assert status == 0
-    assert out.count(" is finished: ") == 8
+    assert out.count(": already finished, ") == 8
 
 
 def kill_a_worker(raylet: int) -> None:

@@ -291,7 +291,7 @@ def test_what_is_no_finished_run_is_named_and_left_out(make, tmp_path, command):
     assert (status, err) == (0, "")
     left_out = [line for line in out.splitlines() if line.startswith("left out: ")]
     assert len(left_out) == 6
-    for folder, words in ((damaged, "can't be read"), (unfinished, "is not finished"), (foreign, "no config.json"),
+    for folder, words in ((damaged, "can't be read"), (unfinished, ": unfinished"), (foreign, "no config.json"),
                           (diverged, "diverged"), (short, "a finished run of 90 epochs"),
                           (tmp_path / "runs" / "holiday", "no run of this program")):
         assert any(folder.name in line and words in line for line in left_out)
@@ -336,7 +336,7 @@ def test_named_runs_only_and_the_reference_with_them(make, tmp_path, command):
     (other / "checkpoint.pt").touch()
     status, _, err = command("compare", "other", "--log-dir", tmp_path)
     assert status == 2
-    assert f"there is nothing to compare: {other.name} is not finished" in one_line(err)
+    assert f"there is nothing to compare: {other.name}: unfinished" in one_line(err)
     status, _, err = command("compare", "--log-dir", tmp_path / "typo")
     assert status == 2
     assert "there is no folder" in one_line(err)

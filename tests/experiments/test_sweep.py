@@ -120,7 +120,7 @@ def test_a_teacher_is_known_by_its_weights(configs):
 
 def test_a_missing_teacher_is_told_before_the_images_are_loaded(configs, monkeypatch):
     monkeypatch.setattr(sweep_module, "load_images", never)
-    with pytest.raises(UserError, match="no teacher"):
+    with pytest.raises(UserError, match="--teacher: there is no run"):
         plan_runs(configs("--seeds", "2", "--teacher", "nobody"))
 
 
@@ -230,12 +230,12 @@ def test_a_sweep_goes_on_where_it_was_interrupted(sweep, tmp_path, monkeypatch):
     assert len(find_runs(tmp_path / "logs")) == 2
     status, out, _ = sweep(*arguments)
     assert status == 0
-    assert out.count("is finished: ") == 1
+    assert out.count("already finished: ") == 1
     folders = find_runs(tmp_path / "logs")
     assert len(folders) == 3
     assert all(len(read_run(folder).rows) == 2 for folder in folders)
     status, out, _ = sweep(*arguments)
-    assert out.count("is finished: ") == 3
+    assert out.count("already finished: ") == 3
     assert len(find_runs(tmp_path / "logs")) == 3
 
 
@@ -296,7 +296,7 @@ def test_two_sweeps_at_once_train_no_run_twice(sweep, pictures, tmp_path):
     assert (status, first.returncode) == (0, 0), first_err
     assert "Run 1 of 2: seed 0\nunder way in another sweep: skipped" in out
     assert "1 of 2 runs are finished\n1 under way elsewhere (seed 0)" in out
-    assert "Run 2 of 2: seed 1\nis finished: " in first_out
+    assert "Run 2 of 2: seed 1\nalready finished: " in first_out
     assert "2 of 2 runs are finished" in first_out
     assert sorted(read_run(folder).record["config"]["seed"] for folder in find_runs(tmp_path / "logs")) == [0, 1]
 
@@ -316,5 +316,5 @@ def test_a_demonstration_can_be_swept_and_repeated(command, tmp_path, monkeypatc
     for finished in (0, 2):
         status, out, _ = command("sweep", "--seeds", "2", "--log-dir", tmp_path, *SMALL)
         assert status == 0
-        assert out.count("is finished: ") == finished
+        assert out.count("already finished: ") == finished
     assert len(read_run(find_runs(tmp_path)[0]).rows) == 2 < Config().epochs

@@ -24,7 +24,7 @@ def test_the_built_in_set_is_whole_and_always_the_same():
     data = synthetic()
     assert_whole(data, 10)
     assert (len(data.train), len(data.test)) == (5000, 1000)
-    assert data.fingerprint() == synthetic().fingerprint()
+    assert data.fingerprint == synthetic().fingerprint
     assert set(np.bincount(data.train.labels)) == {500}
 
 
@@ -48,22 +48,22 @@ def test_the_built_in_set_can_be_told_apart_by_shape_not_by_colour():
 
 def test_statistics_are_numpys():
     data = synthetic()
-    mean, std = data.statistics()
+    mean, std = data.statistics
     assert np.allclose(mean, data.train.images.mean((0, 1, 2)) / 255, rtol=1e-12)
     assert np.allclose(std, data.train.images.std((0, 1, 2)) / 255, rtol=1e-12)
 
 
 def test_the_fingerprint_sees_pixels_labels_and_class_names():
     data = synthetic().hold_out(10)
-    seen = {data.fingerprint()}
+    seen = {data.fingerprint}
     for name in ("train", "test", "validation"):
         split = getattr(data, name)
         images, labels = split.images.copy(), split.labels.copy()
         images[0, 0, 0, 0] ^= 1
         labels[0] += 1
-        seen |= {dataclasses.replace(data, **{name: changed}).fingerprint()
+        seen |= {dataclasses.replace(data, **{name: changed}).fingerprint
                  for changed in (Split(images, split.labels), Split(split.images, labels))}
-    seen.add(dataclasses.replace(data, class_names=data.class_names[::-1]).fingerprint())
+    seen.add(dataclasses.replace(data, class_names=data.class_names[::-1]).fingerprint)
     assert len(seen) == 8
 
 
@@ -76,7 +76,7 @@ def test_validation_is_class_balanced_fixed_and_leaves_no_image_out():
     assert len(held.train) == 5000 - 503
     both = np.concatenate([held.train.images, held.validation.images])
     assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in data.train.images)
-    assert held.fingerprint() == data.hold_out(503).fingerprint()
+    assert held.fingerprint == data.hold_out(503).fingerprint
     assert data.hold_out(0) is data
     with pytest.raises(UserError, match=r"disc has only 500 training images; lower --validation"):
         data.hold_out(5000)

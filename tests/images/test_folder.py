@@ -34,7 +34,7 @@ def test_many_files_are_decoded_by_several_processes_alike(tmp_path, monkeypatch
     alone = image_folder(root)
     (root / ".cache.npz").unlink()
     monkeypatch.setattr(decoding, "SINGLE_PROCESS_FILES", 0)
-    assert image_folder(root).fingerprint() == alone.fingerprint()
+    assert image_folder(root).fingerprint == alone.fingerprint
 
 
 def test_other_sizes_are_resized_with_one_notice(tmp_path, capsys):
@@ -136,7 +136,7 @@ def test_the_cache_is_used_until_the_folder_changes(tmp_path, monkeypatch):
     root = write_folder(tmp_path, 2, 1)
     before = image_folder(root)
     monkeypatch.setattr(folder, "decode_all", lambda paths: pytest.fail("decoded again"))
-    assert image_folder(root).fingerprint() == before.fingerprint()
+    assert image_folder(root).fingerprint == before.fingerprint
     monkeypatch.undo()
 
     Image.new("RGB", (32, 32), "red").save(root / "train" / "ring" / "new.png")
@@ -184,7 +184,7 @@ def test_a_cache_that_does_not_fit_the_files_is_not_believed(tmp_path, kind):
     np.savez(root / ".cache.npz", allow_pickle=kind == "objects", **changed)
     after = image_folder(root)
     assert_whole(after, 3)
-    assert after.fingerprint() == before.fingerprint()
+    assert after.fingerprint == before.fingerprint
     with np.load(root / ".cache.npz") as stored:
         assert np.array_equal(stored["images"][:6], before.train.images)  # it was made anew
 
@@ -198,7 +198,7 @@ def test_labels_come_from_the_folders_not_from_the_cache(tmp_path):
     arrays = {f"{name}_{what}": getattr(split, what) for name, split in (("train", before.train), ("test", before.test))
               for what in ("images", "labels")}
     np.savez(root / ".cache.npz", state=state, **arrays | {"train_labels": np.full(6, 99)})
-    assert image_folder(root).fingerprint() == before.fingerprint()
+    assert image_folder(root).fingerprint == before.fingerprint
 
 
 def test_a_cache_that_would_unpack_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_cache_that_would_unpack_to_gigabytes_is_not_unpacked(tmp_path, monkey
         cache.writestr("more.npy", bytes(10**7))
     opened = []
     monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda self, key: opened.append(key))
-    assert image_folder(root).fingerprint() == before.fingerprint()
+    assert image_folder(root).fingerprint == before.fingerprint
     assert not opened
 
 
@@ -221,7 +221,7 @@ def test_a_pipe_in_place_of_the_cache_is_not_waited_for(tmp_path):
 
 def test_no_mutated_cache_is_believed(tmp_path, capfd):
     root = write_folder(tmp_path, 2, 1)
-    before, rng = image_folder(root).fingerprint(), np.random.default_rng(0)
+    before, rng = image_folder(root).fingerprint, np.random.default_rng(0)
     whole = (root / ".cache.npz").read_bytes()
     for number in range(100):
         mutated = bytearray(whole)
@@ -233,7 +233,7 @@ def test_no_mutated_cache_is_believed(tmp_path, capfd):
         else:
             mutated[place] ^= 1 << int(rng.integers(8))
         (root / ".cache.npz").write_bytes(mutated)
-        assert image_folder(root).fingerprint() == before
+        assert image_folder(root).fingerprint == before
     assert capfd.readouterr().err == ""
 
 

@@ -11,7 +11,7 @@ from conftest import NO_NETWORK, ROOT, write_folder
 from test_dataset import assert_whole
 
 from config import Config, UserError
-from images.loading import is_demonstration, load_images, resolve_dataset
+from images.loading import BANNER, load_images, resolve_dataset
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def test_without_data_and_network_cifar10_ends_with_one_error(tmp_path):
 def test_without_data_and_network_auto_is_a_demonstration(tmp_path, capsys):
     images = load_images("auto", Config.data_dir)
     assert images.kind == "synthetic"
-    assert "could not be downloaded" in capsys.readouterr().err
-    assert is_demonstration(Config(), images)
-    assert not is_demonstration(Config(dataset="synthetic"), images)
+    out, err = capsys.readouterr()
+    assert "could not be downloaded" in err
+    assert BANNER in out
     resolved = resolve_dataset(Config(), images)
     assert (resolved.dataset, resolved.epochs) == ("synthetic", 5)
     assert resolve_dataset(Config(epochs=3), images).epochs == 3
@@ -98,7 +98,7 @@ def test_only_cifar10_needs_torchvision(tmp_path):
         import sys; sys.path[:0] = [{str(tmp_path / "broken")!r}, {str(ROOT)!r}]
         import batches.making
         from config import UserError
-        from images.loading import load_images
+        from images.loading import BANNER, load_images
         print(len(load_images("folder", {str(tmp_path / "pictures")!r}).train), len(load_images("synthetic", "data").train))
         try:
             load_images("auto", {str(tmp_path)!r})
@@ -117,7 +117,7 @@ def test_the_real_cifar10(cifar10):
         assert_whole(data, 10)
         assert (data.kind, len(data.train), len(data.test)) == ("cifar10", 50_000, 10_000)
     assert data.class_names[3] == "cat"
-    mean, std = data.statistics()
+    mean, std = data.statistics
     assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # the figures that everybody prints
     assert np.allclose(std, (0.2470, 0.2435, 0.2616), atol=1e-4)
     assert np.bincount(data.hold_out(5000).validation.labels).tolist() == [500] * 10

@@ -153,7 +153,7 @@ def test_exhausted_memory_is_not_taken_for_a_damaged_image(command, tmp_path, mo
     monkeypatch.setattr(prediction, "decode", exhausted)
     status, out, err = command("predict", image, "--run", run)
     assert (status, out) == (2, "")
-    assert "memory ran out" in one_line(err)
+    assert "out of memory" in one_line(err)
 
 
 def test_the_classifier_normalizes_as_the_policy_does():

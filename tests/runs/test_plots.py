@@ -47,7 +47,7 @@ def made_up(classes: tuple[str, ...]) -> tuple[Images, A.Compose, np.ndarray]:
     train, test = Split(images.train.images[:count], labels), Split(images.test.images[:count], labels)
     probabilities = np.full((count, len(classes)), 0.5 / len(classes))
     probabilities[np.arange(count), (labels + (np.arange(count) % 3 == 0)) % len(classes)] += 0.5
-    mean, std = images.statistics()
+    mean, std = images.statistics
     images = dataclasses.replace(images, class_names=classes, train=train, test=test)
     return images, train_policy(Config(), mean, std), probabilities
 
@@ -173,7 +173,7 @@ def test_augmentation_names_the_classes(tmp_path, saved):
 def test_curves_show_a_validation_too(tmp_path, saved, run):
     assert run("--epochs", "2", "--validation", "9", "--pictures")[0] == 0
     drawn = words(saved[0])
-    assert {"accuracy, %", "loss, nats an image", "learning rate", "epoch"} <= drawn
+    assert {"accuracy, %", "loss, nats per image", "learning rate", "epoch"} <= drawn
     final = read_run(only_run(tmp_path)).rows[-1]
     assert {f"validation {final['val_acc']:.2f}", f"test {final['test_loss']:.2f}",
             f"training {final['train_acc']:.2f}"} <= drawn

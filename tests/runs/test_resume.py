@@ -134,7 +134,7 @@ def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures
 def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, stop_in_epoch, monkeypatch):
     stop_in_epoch(1)
     run("--epochs", "2")
-    monkeypatch.setattr(main, "Net", lambda *_: torch.nn.Sequential(
+    monkeypatch.setattr(main, "Net", lambda *_, **__: torch.nn.Sequential(
         torch.nn.Conv2d(3, 3, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()))
     status, _, err = run("--resume")
     assert status == 2
@@ -564,9 +564,9 @@ def test_a_killed_worker_is_named(pictures, tmp_path):
 
 
 @pytest.mark.parametrize(("error", "words"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "the GPU's memory ran out: free some"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "memory ran out: free some"),
-    (RuntimeError("unable to allocate shared memory(shm) for file"), "shared memory ran out: use --workers 0"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory: close other"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: close other"),
+    (RuntimeError("unable to allocate shared memory(shm) for file"), "out of shared memory: use --workers 0"),
     (MemoryError(), "smaller --batch-size"),
     (EOFError(), "a worker process was killed"),
     (ConnectionResetError(104, "Connection reset by peer"), "a worker process was killed"),

@@ -89,13 +89,13 @@ def test_other_weights_than_the_networks_are_refused(path, tmp_path):
 
 def test_a_missing_teacher_is_named(tmp_path, path):
     assert find_teachers(Config()) == []
-    with pytest.raises(UserError, match="there is no teacher: there is no run 'nobody'"):
+    with pytest.raises(UserError, match="--teacher: there is no run 'nobody'"):
         find_teachers(Config(teacher=f"{path},nobody", log_dir=str(tmp_path)))
 
 
 def test_weights_know_the_images_they_were_trained_on(tmp_path):
     images, record = synthetic(), example_record()
-    about = METADATA | {"class_names": record["dataset"]["class_names"], "images": images.fingerprint()}
+    about = METADATA | {"class_names": record["dataset"]["class_names"], "images": images.fingerprint}
     save_weights(tmp_path / "x.safetensors", Net().state_dict(), about)
     assert read_weights(tmp_path / "x.safetensors").trained_on(images)
     assert not read_weights(tmp_path / "x.safetensors").trained_on(images.hold_out(10))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import Net
-from training.dilated import FastDilatedConv2d, restore_convs, use_fast_dilated_convs
+from training.dilated import FastDilatedConv2d, use_fast_dilated_convs
 
 CPU = torch.device("cpu")
 
@@ -64,13 +64,6 @@ def test_on_a_gpu_pytorchs_own_is_kept():
     layer = depthwise()
     use_fast_dilated_convs(layer, torch.device("cuda"))
     assert type(layer) is nn.Conv2d
-
-
-def test_it_can_be_undone():
-    net = Net()
-    use_fast_dilated_convs(net, CPU)
-    restore_convs(net)
-    assert not any(type(layer) is FastDilatedConv2d for layer in net.modules())
 
 
 def test_evaluation_and_weights_are_those_of_a_plain_network():

@@ -124,7 +124,7 @@ def test_the_batches_of_all_processes_put_together_are_those_of_one(size, batche
     images = synthetic()
     images = type(images)("synthetic", images.class_names, draw(80, 1), draw(37, 2), draw(5, 3))
     config = Config(batches=batches, batch_size=32, workers=0, crop_padding=2)
-    policies = make_policies(config, *images.statistics())
+    policies = make_policies(config, *images.statistics)
     whole = make_batches(config, images, policies, CPU)
     parts = [make_batches(config, images, policies, CPU, Processes(rank, size).share_of) for rank in range(size)]
     for stream in (lambda made: made.shuffled("train", 3), lambda made: made.in_order("test"),
@@ -272,7 +272,7 @@ def test_a_run_of_two_processes_is_one_run_and_repeats_to_the_bit(train, tmp_pat
     assert figures(one) == figures(two)
     log = (one / "model_accuracy.log").read_text()
     assert ", 2 processes" in log
-    assert "batch normalization: in training by the images of each process" in log
+    assert "BatchNorm uses the statistics of each process in training" in log
     assert "Steps are not captured" in out[0]
 
 

@@ -16,12 +16,12 @@ SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
 
 
 @pytest.mark.parametrize(("error", "message"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory ran out: .*--batch-size"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "^memory ran out"),
-    (RuntimeError("CUDA error: out of memory"), "^memory ran out"),
-    (MemoryError(), "^memory ran out"),
-    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "^memory ran out"),
-    (RuntimeError("unable to write to shared memory"), "shared memory ran out: use --workers 0"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of GPU memory: .*--batch-size"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "^out of memory"),
+    (RuntimeError("CUDA error: out of memory"), "^out of memory"),
+    (MemoryError(), "^out of memory"),
+    (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "^out of memory"),
+    (RuntimeError("unable to write to shared memory"), "out of shared memory: use --workers 0"),
     (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "a worker process was killed"),
     (RuntimeError("received 0 items of ancdata"), "a worker process was killed"),
     (EOFError(), "a worker process was killed"), (ConnectionResetError(), "a worker process was killed")])

@@ -77,6 +77,17 @@ def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distil
         assert len(step.recorded) == 2
 
 
+def test_small_crops_and_whole_images_are_captured_each():
+    config = Config(batches="device", capture="on", crop_size=24)
+    with fake_cuda(), Launches() as launches:
+        step = fake_step(config)
+        run_epoch(step, fake_batches(config))
+        run_epoch(step, fake_batches(Config(batches="device")), epoch=1)
+    assert step.possible, step.note
+    assert {tuple(shape) for shape in step.recorded} == {(count, 3, side, side) for count in (128, 80) for side in (24, 32)}
+    assert launches.waits == []
+
+
 def test_the_loss_is_computed_in_float32():
     config = Config(batches="device", capture="off")
     with fake_cuda(), Launches() as launches:

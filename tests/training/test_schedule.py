@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from config import Config
 from training.epoch import train_epoch
-from training.schedule import learning_rate
+from training.schedule import learning_rate, policy_of
 from training.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -31,6 +31,14 @@ def test_the_rates_are_those_of_cosine_annealing_stepped_per_epoch():
         assert learning_rate(config, epoch + 0.99) == learning_rate(config, epoch)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.parametrize(("epochs", "share", "uncropped"), [
+    (10, 0.2, [8, 9]), (10, 0.0, []), (3, 1.0, [0, 1, 2]), (3, 0.2, [2]), (2, 0.2, [])])
+def test_the_last_epochs_are_not_cropped(epochs, share, uncropped):
+    config = Config(epochs=epochs, uncropped_share=share)
+    assert [epoch for epoch in range(epochs) if policy_of(config, epoch) == "uncropped"] == uncropped
+    assert {policy_of(config, epoch) for epoch in range(epochs)} <= {"train", "uncropped"}
 
 
 def warm_up_then_cosine(config: Config, epoch: float) -> float:
