@@ -1,10 +1,11 @@
 """What a prediction costs: our network and small CIFAR-10 networks of others, on one machine, in one run.
 
-    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*.txt
+    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*.txt: of a
+                                                              processor with VNNI, inference_vnni*.txt
     python benchmarks/readme.py                               draws benchmarks/results/inference.png from them
 
 All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of inference/export.py.
-Each is a process of its own; they take turns, and medians are compared. Ours has the reference run's weights;
+Each is a process of its own; they take turns, and medians are compared. Ours has the weights of `strong`, seed 0;
 those of the others are random, which costs the same, with BatchNorm statistics from real images; their accuracies are the
 published ones.
 """
@@ -27,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
 
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "final.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "strong" / "seed-0" / "final.safetensors"
 OURS = "our Net"
 EAGER, COMPILED, FLOAT32, INT8 = "PyTorch", "PyTorch compiled", "ONNX Runtime", "ONNX Runtime int8"
+POINTWISE = "ORT int8 pointwise"  # in ONNX Runtime, all else in float32
 CALLS = {1: 60, 64: 6}  # in a turn, by the number of images
 Facts = dict[str, Any]
 
@@ -70,6 +72,8 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
             torch.save(folded, folder / "ours.pt")
             kept = {"bytes": (folder / "ours.pt").stat().st_size,
                     "accuracy": accuracy(load_function(folder, name, EAGER, 0), images.test)}
+            with quiet():
+                models[POINTWISE] = as_int8(models[FLOAT32], calibrating, other_convolutions(models[FLOAT32]))
             facts |= {(name, runtime): about | kept for runtime in (EAGER, COMPILED)}
         for runtime, model in models.items():
             file_of(folder, name, runtime).write_bytes(model)
@@ -77,6 +81,16 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
                 session_logits(make_session(model)), images.test)}
         print(f"{name}: exported", flush=True)
     return facts
+
+
+def other_convolutions(model: bytes) -> list[str]:
+    """The names of the convolutions of our network that are not pointwise: the first, the depthwise, and the classifier's."""
+    import onnx
+
+    graph = onnx.load_from_string(model).graph
+    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    return [node.name for node in convolutions if shapes[node.input[1]][2] > 1 or node is convolutions[-1]]
 
 
 def gather_statistics(classifier: Any, images: np.ndarray) -> None:
@@ -101,7 +115,7 @@ def file_of(folder: Path, name: str, runtime: str) -> Path:
 
 def load_function(folder: Path, name: str, runtime: str, threads: int) -> LogitsFunction:
     """A function from uint8 images to logits; `threads` 0 changes nothing."""
-    if runtime in (FLOAT32, INT8):
+    if runtime in (FLOAT32, INT8, POINTWISE):
         return session_logits(make_session(file_of(folder, name, runtime), threads))
     import torch
 
@@ -193,11 +207,12 @@ def verdicts(facts: dict[tuple[str, str], Facts]) -> list[str]:
         pairs = zip(facts[slow]["turns"][0][batch], facts[fast]["turns"][0][batch], strict=True)
         return statistics.median(before / after for before, after in pairs)
 
-    ours, int8 = (OURS, FLOAT32), (OURS, INT8)
+    ours, int8, pointwise = (OURS, FLOAT32), (OURS, INT8), (OURS, POINTWISE)
     others = [f"{name} {times((name, runtime), ours):.2f}" for name, runtime in facts if name != OURS and runtime == FLOAT32]
     return [f"float32, one image, one thread: times our latency: {', '.join(others)}",
             f"int8, one thread: {times(ours, int8):.2f} times as fast as float32 with one image, {times(ours, int8, 1):.2f} "
-            f"times with 64, and {facts[ours]['accuracy'] - facts[int8]['accuracy']:.2f} points less accurate"]
+            f"times with 64, and {facts[ours]['accuracy'] - facts[int8]['accuracy']:.2f} points less accurate",
+            f"int8 in the pointwise convolutions only: {times(ours, pointwise):.2f} and {times(ours, pointwise, 1):.2f} times"]
 
 
 def main() -> None:
@@ -222,8 +237,9 @@ def main() -> None:
     text = table(facts, available_cores(), processor())
     print("\n" + text + "\n" + shares)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "inference.txt").write_text(text)
-    (RESULTS / "inference_profile.txt").write_text(shares)
+    vnni = "_vnni" if "with VNNI" in processor() else ""
+    (RESULTS / f"inference{vnni}.txt").write_text(text)
+    (RESULTS / f"inference{vnni}_profile.txt").write_text(shares)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def start(size: int, folder: Path, target, *arguments, environment=()) -> list:
     """Start `target(*arguments)` in `size` processes, as torchrun does; what they print goes to folder/out-RANK, err-RANK."""
     folder.mkdir(exist_ok=True)
     (folder / "store").unlink(missing_ok=True)
-    processes = [PROCESSES.Process(target=_begin, args=(rank, size, folder, dict(environment), target, arguments), daemon=True)
+    processes = [PROCESSES.Process(target=_begin, args=(rank, size, folder, dict(environment), target, arguments))
                  for rank in range(size)]
     for process in processes:
         process.start()
@@ -87,6 +87,9 @@ def program(line: list[str], epoch: int = -1, rank: int = -1, action: str = "") 
                 raise UserError("the lamp is out: change it")
         return train_epoch(*arguments)
 
+    if action == "no norms":
+        main.Net = lambda num_classes, **_: nn.Sequential(
+            nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
     main.train_epoch = acting
     sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_line(line, main.train))
@@ -274,6 +277,20 @@ def test_a_run_of_two_processes_is_one_run_and_repeats_to_the_bit(train, tmp_pat
     assert ", 2 processes" in log
     assert "BatchNorm uses the statistics of each process in training" in log
     assert "Steps are not captured" in out[0]
+
+
+def test_a_teacher_smoothed_labels_and_workers_give_what_they_give_one_process(train, run, tmp_path):
+    assert run("--epochs", "1", "--validation", "9", "--name", "wide", "--width", "2")[0] == 0
+    line = ("--epochs", "2", "--validation", "9", "--teacher", "wide", "--label-smoothing", "0.1", "--batches", "workers",
+            "--workers", "1", "--lr", "0.5")
+    rows = []
+    for size in (1, 2):
+        statuses, _, err = train(size, *line, epoch=-1, rank=-1, action="no norms")
+        assert (set(statuses), set(err)) == ({0}, {""})
+        rows.append(read_run(find_runs(tmp_path / "logs")[0]).rows)
+    for one, two in zip(*rows, strict=True):
+        assert {name: value for name, value in one.items() if name != "seconds"} == pytest.approx(
+            {name: value for name, value in two.items() if name != "seconds"}, rel=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("killed", [0, 1])
