@@ -87,10 +87,6 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
     net: nn.Module = Net(len(images.class_names), **net_settings(vars(config)))
-    with torch.no_grad():
-        for name, weights in net.named_parameters():
-            if weights.dim() == 4 and "head" not in name:
-                weights.mul_(config.init_scale)
     net = net.to(device).to(memory_format=memory_format(device))
     check_output(net, len(images.class_names), device)
     network, network_summary = describe_network(net), torch_summary(net, str(device))

@@ -23,7 +23,7 @@ class DeviceBatches:
     """All batches of a run, from images that lie on the device as uint8. The same calls as WorkerBatches."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
-                 device: torch.device, share_of: Callable[[int], slice] = slice, even_draws: bool = False) -> None:
+                 device: torch.device, share_of: Callable[[int], slice] = slice) -> None:
         """`splits` and `policies` have the same keys; `share_of` says which part of a batch of that many images to make. Raises
         Unsupported."""
         height, width = next(iter(splits.values())).images.shape[1:3]
@@ -32,7 +32,6 @@ class DeviceBatches:
                 for split in splits.values()}  # a split with two policies lies there once
         self.images = {name: once[id(split)][0] for name, split in splits.items()}
         self.labels = {name: once[id(split)][1] for name, split in splits.items()}
-        self.even_draws = even_draws
         self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
         self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
         self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by split
@@ -58,13 +57,7 @@ class DeviceBatches:
         """An epoch's random numbers, and its order where none is given. Row i is image i's, whatever the order."""
         count, policy = len(self.labels[split]), self.policies[split]
         order = random_stream(self.seed, ORDER, epoch).permutation(count) if order is None else order
-        if self.even_draws and policy.draws:
-            own = random_stream(self.seed, WHOLE_BATCHES, 0).random((count, policy.draws))
-            point = torch.quasirandom.SobolEngine(policy.draws).draw(epoch + 1, dtype=torch.float64)[-1].numpy()
-            bits = (own * 2.0**53).astype(np.int64) ^ (point * 2.0**53).astype(np.int64)  # a digital shift
-            uniform = bits / 2.0**53
-        else:
-            uniform = random_stream(self.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
+        uniform = random_stream(self.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
         return self._to_device(order), policy.sample(self._to_device(uniform))
 
     def _run(self, split: str, epoch: int, order: np.ndarray | None, batch_size: int) -> Iterator[Batch]:

@@ -46,10 +46,10 @@ def resolve_batches(batches: str, policies: Policies, images: Images, device: to
 
 def make_batches(config: Config, images: Images, policies: Policies, device: torch.device,
                  share_of: Callable[[int], slice] = slice) -> Batches:
-    """The batches of all three splits, made as `config.batches` says: "device" or "workers". Of each, the
-    part that `share_of` says for its size; by default all."""
+    """The batches of each policy, made as `config.batches` says: "device" or "workers". Of each, the part that `share_of` says
+    for its size; by default all."""
     splits = {name: getattr(images, "train" if name == "uncropped" else name) for name in policies}
     if config.batches == "device":
-        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of, config.even_draws)
+        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of)
     return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, device.type == "cuda",
                          share_of)

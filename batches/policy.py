@@ -17,9 +17,8 @@ def train_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]
     ranges and its border. It shifts by whole pixels, rounded towards zero: 3/32 of the side is at most two pixels, which older
     releases reached, in fractions of pixels, with 2/32.
     """
-    size = (config.coarse_dropout_size, config.coarse_dropout_size)
-    padded = SIDE + 2 * config.crop_padding
-    side = config.crop_size
+    side, padded = config.crop_size, SIDE + 2 * config.crop_padding
+    size = (min(config.coarse_dropout_size, side),) * 2
     pad = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101)] if config.crop_padding else []
     crop = [A.RandomCrop(side, side)] if side < padded else []
     transforms = [

@@ -108,3 +108,13 @@ def test_a_small_crop_is_a_window_of_the_image_and_the_last_epochs_have_whole_on
     assert set(map(tuple, cropped[:, :2, 0, 0].tolist())) == {(top, left) for top in range(9) for left in range(9)}
     whole = joined(made.in_order("uncropped"))[0].round().long()
     assert torch.equal(whole, torch.from_numpy(image).permute(2, 0, 1).expand(1000, 3, 32, 32))
+
+
+@pytest.mark.parametrize("batches", ["device", "workers"])
+def test_a_hole_is_at_most_as_large_as_the_crop(batches):
+    image = np.full((32, 32, 3), 200, np.uint8)
+    split = Split(image[None], np.zeros(1, np.int64))
+    images = Images("synthetic", ("one",), split, split, empty_split())
+    config = Config(affine_p=0.0, crop_size=16, coarse_dropout_p=1.0, coarse_dropout_size=32, batches=batches, workers=0)
+    made = make_batches(config, images, make_policies(config, (0.2,) * 3, (1 / 255,) * 3), torch.device("cpu"))
+    assert joined(made.in_order("train"))[0].round().eq(0).all()
