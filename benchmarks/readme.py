@@ -234,7 +234,8 @@ def tables() -> dict[str, str]:
         "cluster": (RESULTS / "cluster.md").read_text().strip(), "peers": peer_table(), "stages": stage_table(),
         "compare": comparison(), "single changes": changes_table("single_changes"),
         "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
-        "fast changes": changes_table("fast_changes"), "strong changes": changes_table("strong_changes")}
+        "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
+        "strong changes": changes_table("strong_changes")}
 
 
 def documents() -> list[Path]:
