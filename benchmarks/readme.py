@@ -15,6 +15,7 @@ import statistics
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -23,7 +24,7 @@ from analysis.receptive_field import convolutions
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, Config
+from config import RECIPES, Config, flag
 from experiments.comparison import make_tables
 from experiments.report import as_text
 from experiments.statistics import LEVEL
@@ -35,7 +36,9 @@ from training.schedule import policy_of
 ROOT = Path(__file__).parents[1]
 REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
-TAUGHT = "fast-taught"  # the folder of `fast` taught by `strong`
+# What `fast` was before it had small crops: its folder, and its settings. TAUGHT was taught by `strong`
+WHOLE, TAUGHT = "fast-20", "fast-taught"
+WHOLE_CHANGES = {"epochs": 20, "crop_size": 32, "uncropped_share": 0.0}
 NEAREST = "ShuffleNetV2 x0.5"  # of the networks with a published accuracy, the one with the fewest multiply-adds
 
 # train and test accuracy of the published run of this network, by epoch
@@ -128,17 +131,25 @@ def latencies() -> dict[str, str]:
     return {row["network"]: row["ms"] for row in rows if row["runtime"] == FLOAT32}
 
 
+def command(changes: dict[str, Any]) -> str:
+    """The command that trains `fast` with these changes."""
+    return " ".join(["python main.py --recipe fast", *(f"{flag(name)} {value:g}" if name != "teacher" else f"{flag(name)} {value}"
+                                                       for name, value in changes.items())])
+
+
 def recipe_table() -> str:
     """The final accuracies of the recipes: mean and standard deviation over seeds."""
     lines = ["| recipe | command | epochs | compute | train % | test % | seeds |", "|---|---|---:|---:|---:|---:|---:|",
              f"| as published | | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
-    commands = {"baseline": "python main.py", TAUGHT: "python main.py --recipe fast --teacher logs/reference/strong/seed-0"}
-    for recipe, changes in (RECIPES | {TAUGHT: RECIPES["fast"] | {"teacher": "strong"}}).items():
+    whole = RECIPES["fast"] | WHOLE_CHANGES
+    names = {WHOLE: "`fast` on whole images", TAUGHT: "the same, taught by `strong`"}
+    commands = {"baseline": "python main.py", WHOLE: command(WHOLE_CHANGES),
+                TAUGHT: command(WHOLE_CHANGES | {"teacher": "logs/reference/strong/seed-0"})}
+    for recipe, changes in (RECIPES | {WHOLE: whole, TAUGHT: whole | {"teacher": "strong"}}).items():
         runs, config = recipe_runs(recipe), Config(**changes)
         mean, std, count = accuracy(recipe)
         train = f"{statistics.fmean(run.rows[-1]['train_acc'] for run in runs):.2f}" if runs else "-"
-        name = "`fast`, taught by `strong`" if recipe == TAUGHT else f"`{recipe}`"
-        lines.append(f"| {name} | `{commands.get(recipe, f'python main.py --recipe {recipe}')}` | {config.epochs} "
+        lines.append(f"| {names.get(recipe, f'`{recipe}`')} | `{commands.get(recipe, f'python main.py --recipe {recipe}')}` | {config.epochs} "
                      f"| {compute(config):.2g} | {train} "
                      f"| {plus_minus(mean, std) if runs else 'not measured yet'} | {count} |")
     return "\n".join(lines)
@@ -159,7 +170,7 @@ def peer_table() -> str:
 
 def picture_points() -> list[Point]:
     """The networks in the picture."""
-    names = {"strong": "strong", TAUGHT: "fast, taught by strong", "baseline": "baseline", "fast": "fast", "best": "best"}
+    names = {recipe: recipe for recipe in RECIPES}
     reached = {label: accuracy(recipe)[:2] for recipe, label in names.items() if recipe_runs(recipe)}
     points = make_points(read_rows((RESULTS / "inference.txt").read_text()), reached)
     ours = next(point for point in points if point.kind == "ours")
@@ -168,7 +179,7 @@ def picture_points() -> list[Point]:
 
 def comparison() -> str:
     """What `compare` prints of the committed runs."""
-    runs = [run for recipe in ("fast", "strong", TAUGHT) for run in recipe_runs(recipe)]
+    runs = [run for recipe in ("fast", "strong", WHOLE, TAUGHT) for run in recipe_runs(recipe)]
     return "```\n" + as_text(make_tables(runs, read_run(REFERENCE))).strip() + "\n```"
 
 

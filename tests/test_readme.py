@@ -212,7 +212,7 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    made = [path for path in REFERENCE.iterdir() if path.name not in (*RECIPES, "fast-taught")]
+    made = [path for path in REFERENCE.iterdir() if path.name not in (*RECIPES, readme.WHOLE, readme.TAUGHT)]
     assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
@@ -234,7 +234,7 @@ def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committe
     (teacher,) = {run.record["config"]["teacher"] for run in readme.recipe_runs("fast-taught")}
     assert teacher == read_weights(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
     for run in readme.recipe_runs("fast-taught"):
-        assert settings(run.record["config"]) == settings(vars(Config(**RECIPES["fast"], teacher=teacher)))
+        assert settings(run.record["config"]) == settings(vars(Config(**RECIPES["fast"] | readme.WHOLE_CHANGES, teacher=teacher)))
         assert len(run.rows) == run.summary["epochs"] == 20
 
 
