@@ -131,10 +131,9 @@ def latencies() -> dict[str, str]:
     return {row["network"]: row["ms"] for row in rows if row["runtime"] == FLOAT32}
 
 
-def command(changes: dict[str, Any]) -> str:
-    """The command that trains `fast` with these changes."""
-    return " ".join(["python main.py --recipe fast", *(f"{flag(name)} {value:g}" if name != "teacher" else f"{flag(name)} {value}"
-                                                       for name, value in changes.items())])
+def command(recipe: str, changes: dict[str, Any]) -> str:
+    """The command that trains a recipe with these changes."""
+    return " ".join([f"python main.py --recipe {recipe}", *(f"{flag(name)} {value}" for name, value in changes.items())])
 
 
 def recipe_table() -> str:
@@ -143,13 +142,13 @@ def recipe_table() -> str:
              f"| as published | | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
     whole = RECIPES["fast"] | WHOLE_CHANGES
     names = {WHOLE: "`fast` on whole images", TAUGHT: "the same, taught by `strong`"}
-    commands = {"baseline": "python main.py", WHOLE: command(WHOLE_CHANGES),
-                TAUGHT: command(WHOLE_CHANGES | {"teacher": "logs/reference/strong/seed-0"})}
+    commands = {"baseline": "python main.py", WHOLE: command("fast", WHOLE_CHANGES),
+                TAUGHT: command("fast", WHOLE_CHANGES | {"teacher": "logs/reference/strong/seed-0"})}
     for recipe, changes in (RECIPES | {WHOLE: whole, TAUGHT: whole | {"teacher": "strong"}}).items():
         runs, config = recipe_runs(recipe), Config(**changes)
         mean, std, count = accuracy(recipe)
         train = f"{statistics.fmean(run.rows[-1]['train_acc'] for run in runs):.2f}" if runs else "-"
-        lines.append(f"| {names.get(recipe, f'`{recipe}`')} | `{commands.get(recipe, f'python main.py --recipe {recipe}')}` | {config.epochs} "
+        lines.append(f"| {names.get(recipe, f'`{recipe}`')} | `{commands.get(recipe, command(recipe, {}))}` | {config.epochs} "
                      f"| {compute(config):.2g} | {train} "
                      f"| {plus_minus(mean, std) if runs else 'not measured yet'} | {count} |")
     return "\n".join(lines)

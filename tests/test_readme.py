@@ -234,7 +234,8 @@ def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committe
     (teacher,) = {run.record["config"]["teacher"] for run in readme.recipe_runs("fast-taught")}
     assert teacher == read_weights(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
     for run in readme.recipe_runs("fast-taught"):
-        assert settings(run.record["config"]) == settings(vars(Config(**RECIPES["fast"] | readme.WHOLE_CHANGES, teacher=teacher)))
+        changes = RECIPES["fast"] | readme.WHOLE_CHANGES | {"teacher": teacher}
+        assert settings(run.record["config"]) == settings(vars(Config(**changes)))
         assert len(run.rows) == run.summary["epochs"] == 20
 
 
