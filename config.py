@@ -158,7 +158,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
 # Chosen as LEARNINGS.md tells; by itself only the learning rate was found to do more than noise
 BETTER: dict[str, Any] = {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0}
 
-# 80 epochs, four times those of `fast`, are thought to bear more augmentation; at 40 it comes out level (LEARNINGS.md)
+# 80 epochs are thought to bear more augmentation; at 40 it comes out level (LEARNINGS.md)
 STRONG: dict[str, Any] = BETTER | {"crop_padding": 4, "coarse_dropout_size": 8}
 
 # Named sets of changes to the defaults above: `python main.py --recipe NAME`
