@@ -4,6 +4,7 @@ The processes meet in a file instead of at a port, and gloo uses the loopback in
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -407,7 +408,8 @@ def test_torchruns_restart_goes_on_with_the_run(tmp_path, pictures):
     assert program.returncode == 0, err
     assert len(read_run(only_run(tmp_path)).rows) == 4
     assert out.count("run: ") == 2
-    assert "error: another process of this run has ended; epochs 0 to 1 are safe" in err
+    # torchrun's SIGTERM may come before the collective operation fails
+    assert re.search("(error: another process of this run has ended|stopped by SIGTERM); epochs 0 to 1 are safe", err), err
 
 
 @pytest.mark.slow
