@@ -52,7 +52,7 @@ class Config:
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
     crop_padding: int = setting(0, "pixels by which an image is reflected beyond its border, before a random crop", low=0,
                                 high=16)
-    crop_size: int = setting(32, "side of that crop, pixels; a side of 24 costs 56 % of the compute", low=8, high=32)
+    crop_size: int = setting(32, "side of that crop, pixels; a side of 24 costs 56 % of the compute", low=16, high=32)
     uncropped_share: float = setting(0.0, "share of the epochs, the last ones, that train on whole images, without a crop",
                                      low=0, high=1)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
@@ -117,7 +117,8 @@ class Config:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
-# Settings that change no result, or change it only as another seed does: they have one value in a sweep, and tell no runs apart
+# They have one value in a sweep, and tell no runs apart: they change no result, or change it only as another seed does. The
+# images are told apart by their fingerprint
 MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
                     "instruction_set", "name", "pictures", "tensorboard")
 

@@ -40,7 +40,9 @@ class BatchDataset(Dataset):
             policy.set_random_state(random_stream(self.seed, AUGMENTATION, epoch, index), py_random)
             image = policy(image=images[index])["image"]
             batch.append(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)  # after ToTensorV2
-        return torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
+        # a process's part of a short batch may be empty
+        pixels = np.stack(batch).astype(np.float32, copy=False) if batch else np.empty((0, *images.shape[1:]), np.float32)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
 
 
 class WorkerBatches:

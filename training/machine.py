@@ -1,4 +1,4 @@
-"""The machine: devices, cores, instruction set, memory, and torch's random numbers."""
+"""The machine: devices, instruction set, memory, and torch's random numbers."""
 
 import ctypes
 import os

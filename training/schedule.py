@@ -1,4 +1,4 @@
-"""The learning rate, as a function of the config and the epoch."""
+"""What changes with the epoch, as functions of the config: the learning rate, and the policy of the training images."""
 
 import math
 

@@ -4,6 +4,7 @@ import multiprocessing
 import sys
 import warnings
 
+import albumentations as A
 import numpy as np
 import pytest
 import torch
@@ -49,6 +50,16 @@ def test_a_batch_is_what_the_network_takes(splits):
         assert images.shape[1:] == (3, 32, 32)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert labels.dtype == torch.int64
+
+
+def test_batches_are_float32_without_a_normalization_and_may_be_empty(splits):
+    plain = {"train": A.Compose([])}
+    (images, _), *_ = WorkerBatches({"train": splits["train"]}, plain, 70, 0, 0).in_order("train")
+    assert images.dtype == torch.float32
+    assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), splits["train"].images)
+    nothing = WorkerBatches({"train": splits["train"]}, plain, 70, 0, 0, share_of=lambda _: slice(0))
+    (images, labels), *_ = nothing.in_order("train")
+    assert (images.shape, images.dtype, len(labels)) == ((0, 3, 32, 32), torch.float32, 0)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
