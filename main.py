@@ -117,12 +117,12 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
         processes.share_state(net, optimizer)
         run_epochs(config, images, batches, step, writer)
         writer.finish()
-    if processes.is_first:
-        print_result(writer.folder)
-        if config.pictures:
-            with closing(make_batches(config, images, policies, device)) as batches:  # whole ones, not this process's part
-                draw_pictures(net, batches, images, policies["train"], device, writer.folder)
-        print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
+        if processes.is_first:
+            print_result(writer.folder)
+            if config.pictures:
+                with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
+                    draw_pictures(net, whole, images, policies["train"], device, writer.folder)
+            print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
     return writer.folder
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from batches.device_policy import DevicePolicy
 from batches.randomness import ORDER, WHOLE_BATCHES, random_stream
+from batches.tensors import as_tensors
 from images.dataset import Split
 
 AUGMENTED_TOGETHER = 4096  # images that a GPU augments together
@@ -28,10 +29,7 @@ class DeviceBatches:
         Unsupported."""
         height, width = next(iter(splits.values())).images.shape[1:3]
         self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
-        once = {id(split): (torch.from_numpy(split.images).to(device), torch.from_numpy(split.labels).to(device))
-                for split in splits.values()}  # a split with two policies lies there once
-        self.images = {name: once[id(split)][0] for name, split in splits.items()}
-        self.labels = {name: once[id(split)][1] for name, split in splits.items()}
+        self.images, self.labels = as_tensors(splits, device)
         self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
         self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
         self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by split

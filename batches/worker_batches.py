@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from batches.randomness import AUGMENTATION, ORDER, random_stream
+from batches.tensors import as_tensors
 from images.dataset import Split
 
 
@@ -23,9 +24,7 @@ class BatchDataset(Dataset):
     N x 3 x H x W in channels_last memory, and labels int64, N. `shared` moves images and labels into shared memory."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], seed: int, shared: bool) -> None:
-        once = {id(split): (torch.from_numpy(split.images), torch.from_numpy(split.labels)) for split in splits.values()}
-        self.images = {name: once[id(split)][0] for name, split in splits.items()}
-        self.labels = {name: once[id(split)][1] for name, split in splits.items()}
+        self.images, self.labels = as_tensors(splits)
         self.policies, self.seed = policies, seed
         if shared:
             for tensor in (*self.images.values(), *self.labels.values()):

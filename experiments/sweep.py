@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -65,14 +66,12 @@ def plan_runs(configs: Sequence[Config]) -> list[PlannedRun]:
             teachers[config.teacher] = ",".join(teacher.name for teacher in find_teachers(config))
     images = load_images(configs[0].dataset, configs[0].data_dir)
     fingerprints = {count: images.hold_out(count).fingerprint for count in {config.validation for config in configs}}
-    built = [net_settings(vars(config)) for config in configs]
-    networks = {key: describe_network(Net(len(images.class_names), **each))
-                for key, each in {str(each): each for each in built}.items()}
+    describe = cache(lambda *size: describe_network(Net(len(images.class_names), **dict(size))))
     varied = [name for name in vars(configs[0]) if name != "seed" and len({getattr(config, name) for config in configs}) > 1]
     return [PlannedRun(
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
         settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
-        fingerprints[config.validation], networks[str(each)]) for config, each in zip(configs, built, strict=True)]
+        fingerprints[config.validation], describe(*net_settings(vars(config)).items())) for config in configs]
 
 
 def find_matching_run(planned: PlannedRun) -> tuple[RunState, Path] | None:
