@@ -88,7 +88,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     seed_torch(config.seed, 0)
     net: nn.Module = Net(len(images.class_names), **net_settings(vars(config)))
     net = net.to(device).to(memory_format=memory_format(device))
-    check_output(net, len(images.class_names), device)
+    check_output(net, len(images.class_names), device, config.crop_size)
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
     net = synchronize_norms(net, processes, device)
@@ -144,7 +144,7 @@ def print_result(folder: Path) -> None:
 def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
     """Train and test for the epochs that are left; after each, save its row of the log, and a checkpoint if one is due."""
     processes = step.processes
-    first = processes.decide(lambda: len(writer.rows))
+    first, noted = processes.decide(lambda: len(writer.rows)), ""
     progress = tqdm(total=config.epochs, initial=first, desc="run", leave=False, dynamic_ncols=True, bar_format=RUN_BAR,
                     disable=None if config.epochs > 1 and processes.is_first else True)
     with progress, event_writer(config.tensorboard and processes.is_first, writer.folder, first) as events:
@@ -152,7 +152,10 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
             last = epoch == config.epochs - 1
             row = run_epoch(config, images, batches, step, epoch, last)
             if epoch == first and step.device.type == "cuda":
-                writer.add_notes(step.note, f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
+                writer.add_notes(f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
+            if step.note != noted:  # each size of a batch that comes is recorded anew
+                noted = step.note
+                writer.add_notes(noted)
             line = writer.save_epoch(row, last)
             write_events(events, row)
             with progress.external_write_mode():  # above the bars

@@ -3,6 +3,7 @@
 import os
 from argparse import Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from commands import compare
@@ -16,8 +17,8 @@ def run(arguments: Namespace, train: Train) -> int:
     """Train the runs of `arguments.configs`, here or on Ray. `train` is main.train. Returns 1 where a run on Ray failed."""
     remove_stale_claims(Path(arguments.log_dir))
     if arguments.on == "here":
-        plan = plan_runs(arguments.configs)
-        outcomes = make_runs_here(plan, train)
+        plan, images = plan_runs(arguments.configs)
+        outcomes = make_runs_here(plan, partial(train, images=images))
     else:
         capped = {name: os.environ[name] for name in CAPS if name in os.environ}  # --instruction-set
         plan, outcomes = make_runs_on_ray(arguments.configs, arguments.on, arguments.cpus_per_run, arguments.gpus_per_run,

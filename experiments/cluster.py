@@ -22,7 +22,6 @@ from config import Config, UserError, available_cores
 from experiments.claims import CLAIMS, claim
 from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
 from images.dataset import Images
-from images.loading import load_images
 from runs.files import make_run_folder, write
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
@@ -123,14 +122,14 @@ def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float 
     """
     address = os.environ.get("RAY_ADDRESS") if on == "ray" else on
     ray = _import_ray(address)
-    plan = plan_runs([replace(config, threads=cpus) for config in configs])
+    plan, images = plan_runs([replace(config, threads=cpus) for config in configs])
     with ExitStack() as stack:
         outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
             signals: list[int] = []  # noted, because Ray's calls don't bear an exception from a handler
             stack.enter_context(stop_on_signals(signals.append))
             stack.enter_context(_connected(ray, address, variables))
-            _make_missing(ray, plan, outcomes, cpus, gpus, signals)
+            _make_missing(ray, plan, images, outcomes, cpus, gpus, signals)
     return plan, [outcome for outcome in outcomes if outcome]
 
 
@@ -144,8 +143,8 @@ def _claim(planned: PlannedRun, stack: ExitStack) -> Outcome | None:
     return {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}.get(state)
 
 
-def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome | None], cpus: int, gpus: float | None,
-                  signals: list[int]) -> None:
+def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Images, outcomes: list[Outcome | None], cpus: int,
+                  gpus: float | None, signals: list[int]) -> None:
     """Make the runs that have no outcome yet, and fill it in as each ends. Stops when there is something in `signals`."""
     total = ray.cluster_resources()
     gpus = gpus if gpus is not None else min(1, total.get("GPU", 0))
@@ -153,11 +152,11 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], outcomes: list[Outcome |
         if max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0) < wanted:
             raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: give less")
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
-    images = ray.put(load_images(plan[0].config.dataset, plan[0].config.data_dir))
+    images_there = ray.put(images)
     weights = {config.teacher: config for config in (planned.config for planned in plan)}
     teachers = {name: ray.put(find_teachers(config)) for name, config in weights.items()}
     with _marked(Path(plan[0].config.log_dir)) as marker:
-        running = {task.remote(planned, images, teachers[planned.config.teacher], marker): number
+        running = {task.remote(planned, images_there, teachers[planned.config.teacher], marker): number
                    for number, planned in enumerate(plan) if outcomes[number] is None}
         print(f"{len(running)} runs on Ray: {total.get('CPU', 0):g} CPU cores, {total.get('GPU', 0):g} GPUs", flush=True)
         with tqdm(total=len(running), desc="sweep", disable=None, leave=False, dynamic_ncols=True, bar_format=BAR) as bar:

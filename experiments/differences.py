@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from config import MACHINE_SETTINGS, SETTINGS
+from images.dataset import SIDE
 from images.names import printable
 from runs.record import Record
 
@@ -19,6 +20,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     have their defaults; one that is gone counts where it was in use."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
+    if known["uncropped_share"] == 1 or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
+        idle |= {"crop_padding", "crop_size", "uncropped_share"}
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 

@@ -13,6 +13,7 @@ from analysis.identity import describe_network
 from config import Config, UserError, net_settings
 from experiments.claims import claim
 from experiments.differences import same_network, settings
+from images.dataset import Images
 from images.loading import load_images, resolve_dataset
 from model import Net
 from runs.files import lock_file
@@ -57,8 +58,8 @@ class PlannedRun:
                 and settings(record["config"]) == self.settings and same_network(record["network"], self.network))
 
 
-def plan_runs(configs: Sequence[Config]) -> list[PlannedRun]:
-    """The runs that `configs` describe, in their order. All are on the images of the first."""
+def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
+    """The runs that `configs` describe, in their order, and the images that they share: those of the first config."""
     refuse_run_folder(Path(configs[0].log_dir))
     teachers = {}
     for config in configs:  # before any image is downloaded
@@ -68,10 +69,11 @@ def plan_runs(configs: Sequence[Config]) -> list[PlannedRun]:
     fingerprints = {count: images.hold_out(count).fingerprint for count in {config.validation for config in configs}}
     describe = cache(lambda *size: describe_network(Net(len(images.class_names), **dict(size))))
     varied = [name for name in vars(configs[0]) if name != "seed" and len({getattr(config, name) for config in configs}) > 1]
-    return [PlannedRun(
+    plan = [PlannedRun(
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
         settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
         fingerprints[config.validation], describe(*net_settings(vars(config)).items())) for config in configs]
+    return plan, images
 
 
 def find_matching_run(planned: PlannedRun) -> tuple[RunState, Path] | None:

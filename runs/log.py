@@ -1,4 +1,4 @@
-"""model_accuracy.log: comment lines, a header row, and an aligned row an epoch."""
+"""model_accuracy.log: comment lines, a header row, and an aligned row for each epoch."""
 
 import math
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ class AccuracyLog:
 
 
 def table(rows: Sequence[Row], columns: Sequence[str], missing: str = "nan") -> str:
-    """A header row and an aligned row an epoch. All columns together take 80 characters, the width of a terminal."""
+    """A header row and an aligned row for each epoch. All columns together take 80 characters, the width of a terminal."""
     widths = [8 if name in ("lr", "seconds") else len(name) for name in columns]
     cells = [columns, *([missing if math.isnan(row[name]) else format(row[name], FORMATS[name]) for name in columns]
                         for row in rows)]

@@ -63,7 +63,7 @@ class Unfinished:
 
 
 def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
-    """Lock and load the unfinished run that a person calls `name`, or the newest one if that is empty.
+    """Lock and load the newest unfinished run that matches `name`, or the newest of all if that is empty.
 
     `given` are the settings of the command line. Those that are not MOVABLE must be the run's own.
     """
@@ -82,9 +82,9 @@ def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
     return Unfinished(folder, replace(config, **changed), state, notes, lock)
 
 
-def restore_config(settings: Mapping[str, Any], paths: Mapping[str, str], folder: Path) -> Config:
-    """The config of the run in `folder`, from the settings in its records and its paths on this machine."""
-    known = {"batches": "workers"} | dict(settings) | dict(paths)  # before there was that setting, workers made them all
+def restore_config(settings: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> Config:
+    """The config of the run in `folder`, from the settings in its records and its places on this machine."""
+    known = {"batches": "workers"} | dict(settings) | dict(places)  # before there was that setting, workers made them all
     if isinstance(known.get("capture"), bool):  # so it was written before there was `auto`
         known["capture"] = "on" if known["capture"] else "off"
     unknown = known.keys() - SETTINGS.keys()

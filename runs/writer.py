@@ -54,7 +54,7 @@ class RunWriter:
 
     def add_notes(self, *notes: str) -> None:
         """Add lines to the comments of the log, and to config.json."""
-        self.record["notes"] += [note for note in notes if note]
+        self.record["notes"] += notes
         self.log.comments = comments(self.folder.name, self.record)
         write(self.folder / CONFIG, as_json(self.record))
 
@@ -92,7 +92,8 @@ class RunWriter:
             return
         with contextlib.suppress(Exception):  # a full disk, say, of which `error` tells already
             self._write_checkpoint()
-        safe = f"epochs 0 to {self.saved_epochs - 1} are safe" if self.saved_epochs else "no epoch is finished yet"
+        safe = ("no epoch is finished yet", "epoch 0 is safe", f"epochs 0 to {self.saved_epochs - 1} are safe")[
+            min(self.saved_epochs, 2)]
         if isinstance(error, Diverged):
             with contextlib.suppress(OSError):
                 (self.folder / DIVERGED).touch()
@@ -150,7 +151,9 @@ class NoWriter(RunWriter):
 
 def local_places(config: Config) -> dict[str, str]:
     """Where images, logs and teachers are on this machine, to find them again from another folder."""
-    teachers = (os.path.abspath(name) if name and os.path.exists(name) else name for name in config.teacher.split(","))
+    teachers = [os.path.abspath(name) if name and os.path.exists(name) else name for name in config.teacher.split(",")]
+    if any("," in name for name in teachers):  # which would be read as two
+        teachers = [config.teacher]
     return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
 
 

@@ -68,9 +68,9 @@ def test_runs_of_two_teachers_are_not_one_group_nor_one_for_a_sweep(run, tmp_pat
     _, _, first = taught("--epochs", "1", "--name", "taught")
     config = restore_config(read_run(first).record["config"], {
         "log_dir": str(tmp_path / "logs"), "data_dir": str(pictures), "teacher": "wide"}, first)
-    assert find_matching_run(plan_runs([config])[0]) == (RunState.FINISHED, first)
+    assert find_matching_run(plan_runs([config])[0][0]) == (RunState.FINISHED, first)
     assert run("--epochs", "1", "--width", "3", "--name", "wide", "--seed", "6")[0] == 0
-    assert find_matching_run(plan_runs([config])[0]) is None
+    assert find_matching_run(plan_runs([config])[0][0]) is None
     _, _, second = taught("--epochs", "1", "--name", "taught", "--seed", "1")
     assert settings(read_run(first).record["config"]) != settings(read_run(second).record["config"])
 

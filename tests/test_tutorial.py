@@ -15,7 +15,7 @@ def test_tutorial(command, pictures, tmp_path, monkeypatch):
     at_epoch(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGINT))
     status, out, err = command(*settings, "--seed", 0)
     assert status == 130
-    assert "stopped by SIGINT; epochs 0 to 0 are safe; resume with: python main.py --resume" in one_line(err)
+    assert "stopped by SIGINT; epoch 0 is safe; resume with: python main.py --resume" in one_line(err)
 
     # Resume: the run goes on with epoch 1, and ends with its summary.
     status, out, err = command("--resume", *logs)

@@ -72,16 +72,24 @@ def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple
 
 
 @torch.no_grad()
-def check_output(net: nn.Module, num_classes: int, device: torch.device) -> None:
-    """Raise UserError unless the network turns N images into N x num_classes logits. Leaves it in evaluation mode."""
-    images = torch.zeros(2, 3, SIDE, SIDE, device=device).to(memory_format=memory_format(device))
-    with autocast(device), cudnn_search(False):
-        output = net.eval()(images)
-    found = " x ".join(map(str, output.shape)) if isinstance(output, Tensor) else type(output).__name__
-    wanted = f"{len(images)} x {num_classes}"
-    if found != wanted:
-        raise UserError(f"the network returns {found} for {len(images)} images, but must return {wanted}, a logit for each "
-                        "class: see forward() in model.py")
+def check_output(net: nn.Module, num_classes: int, device: torch.device, crop_size: int = SIDE) -> None:
+    """Raise UserError unless the network turns N images into N x num_classes logits, whole images and crops of `crop_size`
+    pixels. Leaves it in evaluation mode."""
+    for side in sorted({SIDE, crop_size}, reverse=True):
+        images = torch.zeros(2, 3, side, side, device=device).to(memory_format=memory_format(device))
+        try:
+            with autocast(device), cudnn_search(False):
+                output = net.eval()(images)
+        except RuntimeError as error:
+            if side == SIDE:
+                raise
+            raise UserError(f"the network takes images of {SIDE} x {SIDE} pixels only ({error}), but --crop-size is {side}: "
+                            f"use --crop-size {SIDE}, or pool the last map in model.py") from error
+        found = " x ".join(map(str, output.shape)) if isinstance(output, Tensor) else type(output).__name__
+        wanted = f"{len(images)} x {num_classes}"
+        if found != wanted:
+            raise UserError(f"the network returns {found} for {len(images)} images of {side} x {side} pixels, but must return "
+                            f"{wanted}, a logit for each class: see forward() in model.py")
 
 
 def _to_device(images: Tensor, labels: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ def line(pictures, tmp_path):
 @pytest.fixture
 def planned(line):
     """A planned run, its images, and a marker in its log folder."""
-    plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)
+    plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)[0]
     config = plan[0].config
     with ExitStack() as stack:
         yield plan[0], load_images(config.dataset, config.data_dir), stack.enter_context(cluster._marked(Path(config.log_dir)))
@@ -146,7 +146,7 @@ def test_a_worker_needs_neither_images_nor_teachers_files(line, monkeypatch):
     import main
     from runs.weights import find_teachers
 
-    plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)
+    plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)[0]
     config = plan[0].config
     images, given = load_images(config.dataset, config.data_dir), []
     monkeypatch.setattr(main, "load_images", lambda *_: pytest.fail("images were read"))
@@ -294,7 +294,7 @@ def test_ray_that_is_started_here_listens_on_the_loopback_interface(line):
 
 
 def test_status_1_names_what_failed(line, command, monkeypatch):
-    plan = plan_runs(parse(line("--seeds", "2")).configs)
+    plan = plan_runs(parse(line("--seeds", "2")).configs)[0]
     monkeypatch.setattr("commands.sweep.make_runs_on_ray", lambda *_: (plan, [Outcome.FAILED, Outcome.ELSEWHERE]))
     monkeypatch.setattr("commands.sweep.compare.run", lambda *_: None)
     status, out, _ = command(*line("--seeds", "2", "--on", "ray"))

@@ -12,7 +12,7 @@ from analysis.identity import describe_network
 from commands.parser import parse
 from config import Config, UserError
 from experiments import sweep as sweep_module
-from experiments.sweep import Outcome, find_matching_run, make_run, make_runs_here, plan_runs
+from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_run, make_runs_here, plan_runs
 from model import Net
 from runs.files import lock_file, make_run_folder
 from runs.finding import RunState, find_runs
@@ -52,6 +52,10 @@ def write_run(planned, state: RunState = RunState.FINISHED, **changes) -> Path:
     return make_run_folder(Path(config.log_dir), "run", {CONFIG: as_json(record), mark: "{}"})
 
 
+def planned_runs(configs: list[Config]) -> list[PlannedRun]:
+    return plan_runs(configs)[0]
+
+
 def never(*_: object) -> Path:
     raise AssertionError("this run should not be trained")
 
@@ -59,7 +63,7 @@ def never(*_: object) -> Path:
 # ---------------------------------------------------------------- which runs
 
 def test_a_plan_says_what_varies_and_can_be_sent_to_another_process(configs):
-    plan = plan_runs(configs("--lr", "0.01,0.05", "--epochs", "3", "--seeds", "2"))
+    plan = planned_runs(configs("--lr", "0.01,0.05", "--epochs", "3", "--seeds", "2"))
     assert [planned.description for planned in plan] == [
         "lr 0.01, seed 0", "lr 0.05, seed 0", "lr 0.01, seed 1", "lr 0.05, seed 1"]
     assert len({planned.key for planned in plan}) == 4
@@ -67,19 +71,19 @@ def test_a_plan_says_what_varies_and_can_be_sent_to_another_process(configs):
 
 
 def test_the_key_is_that_of_the_run_and_not_of_how_it_is_made(configs, monkeypatch):
-    [one, *_], [same, *_] = (plan_runs(configs("--seeds", "2", "--epochs", "3", *more)) for more in (
+    [one, *_], [same, *_] = (planned_runs(configs("--seeds", "2", "--epochs", "3", *more)) for more in (
         [], ["--name", "again", "--batches", "workers", "--tensorboard"]))
-    others = [plan_runs(configs("--seeds", "2", "--epochs", "3", *more))[0] for more in (
+    others = [planned_runs(configs("--seeds", "2", "--epochs", "3", *more))[0] for more in (
         ["--validation", "9"], ["--lr", "0.02"], ["--dropout", "0.1"])]
     others.append(dataclasses.replace(one, fingerprint="of other images"))
     monkeypatch.setattr(sweep_module, "describe_network", lambda net: describe_network(net) | {"identity": "edited"})
-    others += plan_runs(configs("--seeds", "2", "--epochs", "3"))
+    others += planned_runs(configs("--seeds", "2", "--epochs", "3"))
     assert same.key == one.key
     assert len({planned.key for planned in [one, *others]}) == len(others) + 1
 
 
 def test_a_run_is_found_by_settings_seed_images_and_network(configs):
-    one, other_seed = plan_runs(configs("--seeds", "2"))
+    one, other_seed = planned_runs(configs("--seeds", "2"))
     folder = write_run(one)
     assert find_matching_run(one) == (RunState.FINISHED, folder)
     assert find_matching_run(other_seed) is None
@@ -90,15 +94,15 @@ def test_a_run_is_found_by_settings_seed_images_and_network(configs):
 
 
 def test_a_run_from_before_identities_is_found_by_its_networks_figures(configs):
-    one, _ = plan_runs(configs("--seeds", "2"))
+    one, _ = planned_runs(configs("--seeds", "2"))
     folder = write_run(one, identity=None, model_sha256="whatever")
     assert find_matching_run(one) == (RunState.FINISHED, folder)
-    write_run(plan_runs(configs("--seeds", "2"))[1], identity=None, receptive_field=63)
-    assert find_matching_run(plan_runs(configs("--seeds", "2"))[1]) is None
+    write_run(planned_runs(configs("--seeds", "2"))[1], identity=None, receptive_field=63)
+    assert find_matching_run(planned_runs(configs("--seeds", "2"))[1]) is None
 
 
 def test_of_several_matching_runs_a_finished_one_is_found(configs):
-    one, _ = plan_runs(configs("--seeds", "2"))
+    one, _ = planned_runs(configs("--seeds", "2"))
     folders = {state: write_run(one, state) for state in (RunState.FINISHED, RunState.DIVERGED, RunState.UNFINISHED)}
     for state in folders:
         assert find_matching_run(one) == (state, folders[state])
@@ -107,21 +111,21 @@ def test_of_several_matching_runs_a_finished_one_is_found(configs):
 
 
 def test_a_damaged_run_is_passed_over(configs):
-    one, _ = plan_runs(configs("--seeds", "2"))
+    one, _ = planned_runs(configs("--seeds", "2"))
     (write_run(one) / CONFIG).write_text('{"config": 5}')
     assert find_matching_run(one) is None
 
 
 def test_a_teacher_is_known_by_its_weights(configs):
     teacher = REFERENCE / "final.safetensors"
-    one, _ = plan_runs(configs("--seeds", "2", "--teacher", str(teacher)))
+    one, _ = planned_runs(configs("--seeds", "2", "--teacher", str(teacher)))
     assert one.settings["teacher"] == read_weights(teacher).name
 
 
 def test_a_missing_teacher_is_told_before_the_images_are_loaded(configs, monkeypatch):
     monkeypatch.setattr(sweep_module, "load_images", never)
     with pytest.raises(UserError, match="--teacher: there is no run"):
-        plan_runs(configs("--seeds", "2", "--teacher", "nobody"))
+        planned_runs(configs("--seeds", "2", "--teacher", "nobody"))
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
@@ -138,7 +142,7 @@ def test_what_makes_no_sweep_is_refused_before_it_begins(arguments, words, comma
 # ---------------------------------------------------------------- making them
 
 def test_a_run_that_another_sweep_holds_is_skipped(configs, tmp_path, monkeypatch, capsys):
-    plan = plan_runs(configs("--seeds", "2"))
+    plan = planned_runs(configs("--seeds", "2"))
     held = plan[0].key
     monkeypatch.setattr("experiments.claims.lock_file",  # a process's own locks don't keep it out
                         lambda path: None if held in path.name else lock_file(path))
@@ -150,7 +154,7 @@ def test_a_run_that_another_sweep_holds_is_skipped(configs, tmp_path, monkeypatc
 
 
 def test_a_run_is_claimed_while_it_trains_and_no_longer(configs, tmp_path, monkeypatch):
-    [planned, _], held = plan_runs(configs("--seeds", "2")), []
+    [planned, _], held = planned_runs(configs("--seeds", "2")), []
 
     def recording_claim(log_dir, key):
         class Claim:
@@ -175,13 +179,13 @@ def test_a_run_is_claimed_while_it_trains_and_no_longer(configs, tmp_path, monke
 
 def test_what_another_sweep_finished_meanwhile_is_not_trained_again(configs):
     """The plan was made before: a run is looked for once it is claimed."""
-    one, _ = plan_runs(configs("--seeds", "2"))
+    one, _ = planned_runs(configs("--seeds", "2"))
     write_run(one)
     assert make_run(one, never) is Outcome.PRESENT
 
 
 def test_a_diverged_run_is_named_and_not_resumed(configs, capsys):
-    plan = plan_runs(configs("--seeds", "2"))
+    plan = planned_runs(configs("--seeds", "2"))
     folder = write_run(plan[0], RunState.DIVERGED)
 
     def train(config: Config) -> Path:
@@ -194,7 +198,7 @@ def test_a_diverged_run_is_named_and_not_resumed(configs, capsys):
 
 
 def test_a_run_that_trains_outside_of_a_sweep_is_skipped(configs, monkeypatch, capsys):
-    [one, _] = plan_runs(configs("--seeds", "2"))
+    [one, _] = planned_runs(configs("--seeds", "2"))
     folder = write_run(one, RunState.UNFINISHED)
     monkeypatch.setattr(sweep_module, "lock_file", lambda path: None if path == folder / LOCK else lock_file(path))
     assert make_run(one, never) is Outcome.ELSEWHERE
@@ -311,7 +315,7 @@ def test_a_demonstration_can_be_swept_and_repeated(command, tmp_path, monkeypatc
     train, test = (Split(split.images[:32], split.labels[:32]) for split in (whole.train, whole.test))
     few = dataclasses.replace(whole, train=train, test=test)
     monkeypatch.setattr(sweep_module, "load_images", lambda *_: few)
-    monkeypatch.setattr(main, "load_images", lambda *_: few)
+    monkeypatch.setattr(main, "load_images", never)  # the runs share the images of the plan
     monkeypatch.setattr(loading, "DEMONSTRATION_EPOCHS", 2)
     for finished in (0, 2):
         status, out, _ = command("sweep", "--seeds", "2", "--log-dir", tmp_path, *SMALL)

@@ -98,7 +98,7 @@ def test_only_cifar10_needs_torchvision(tmp_path):
         import sys; sys.path[:0] = [{str(tmp_path / "broken")!r}, {str(ROOT)!r}]
         import batches.making
         from config import UserError
-        from images.loading import BANNER, load_images
+        from images.loading import load_images
         print(len(load_images("folder", {str(tmp_path / "pictures")!r}).train), len(load_images("synthetic", "data").train))
         try:
             load_images("auto", {str(tmp_path)!r})

@@ -90,7 +90,7 @@ def test_notes_come_into_the_log_and_into_config_json(tmp_path):
     net = torch.nn.Linear(1, 1)
     run = start_run(Config(log_dir=str(tmp_path)), example_record(), net, torch.optim.SGD(net.parameters()))
     run.start_log("")
-    run.add_notes("", "captured")
+    run.add_notes("captured")
     run.save_epoch(example_row(0), last=True)
     assert read_log(run.folder / "model_accuracy.log")[0][-1] == "captured"
     assert read_record(run.folder)["notes"] == ["captured"]

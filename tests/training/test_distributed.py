@@ -303,7 +303,7 @@ def test_after_kill_9_of_either_process_the_run_goes_on_with_another_number(trai
     assert run_state(folder) is RunState.UNFINISHED
     assert err[killed] == ""
     if killed == 1:
-        assert "another process of this run has ended; epochs 0 to 0 are safe; resume with" in one_line(err[0])
+        assert "another process of this run has ended; epoch 0 is safe; resume with" in one_line(err[0])
     statuses, _, err = train(3, "--resume")
     assert (statuses, err) == ([0, 0, 0], ["", "", ""])
     run = read_run(folder)
@@ -314,14 +314,14 @@ def test_after_kill_9_of_either_process_the_run_goes_on_with_another_number(trai
 def test_sigterm_to_all_ends_all_with_one_line(train, tmp_path):
     statuses, _, err = train(2, "--epochs", "3", epoch=1, rank=-1, action="stop")
     assert statuses[0] == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; epochs 0 to 0 are safe" in one_line(err[0])
+    assert "stopped by SIGTERM; epoch 0 is safe" in one_line(err[0])
     assert err[1] == ""
 
 
 def test_what_goes_wrong_in_another_process_is_told_by_the_first(train):
     statuses, _, err = train(2, "--epochs", "3", epoch=1, rank=1, action="fail")
     assert statuses == [2, 2]
-    assert "error: process 1: the lamp is out: change it; epochs 0 to 0 are safe" in one_line(err[0])
+    assert "error: process 1: the lamp is out: change it; epoch 0 is safe" in one_line(err[0])
     assert err[1] == ""
 
 
