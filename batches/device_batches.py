@@ -32,35 +32,35 @@ class DeviceBatches:
         self.images, self.labels = as_tensors(splits, device)
         self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
         self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
-        self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by split
+        self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by policy
 
-    def shuffled(self, split: str, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch)."""
-        yield from self._run(split, epoch, None, self.batch_size)
+    def shuffled(self, name: str, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch)."""
+        yield from self._run(name, epoch, None, self.batch_size)
         if self.device.type == "cuda":  # which is still at work on the last batches
-            self.drawn = {(split, epoch + 1): self._draw(split, epoch + 1, None)}
+            self.drawn = {(name, epoch + 1): self._draw(name, epoch + 1, None)}
 
-    def in_order(self, split: str) -> Iterator[Batch]:
+    def in_order(self, name: str) -> Iterator[Batch]:
         """The batches of a test. On a GPU, images that nothing random is done to are normalized once and stay there."""
-        if split in self.kept:
-            return iter(self.kept[split])
-        batches = self._run(split, 0, np.arange(len(self.labels[split])), TEST_BATCH[self.device.type])
-        keep = self.device.type == "cuda" and not self.policies[split].draws and 4 * self.images[split].numel() <= KEPT_BYTES
-        return iter(self.kept.setdefault(split, list(batches))) if keep else batches
+        if name in self.kept:
+            return iter(self.kept[name])
+        batches = self._run(name, 0, np.arange(len(self.labels[name])), TEST_BATCH[self.device.type])
+        keep = self.device.type == "cuda" and not self.policies[name].draws and 4 * self.images[name].numel() <= KEPT_BYTES
+        return iter(self.kept.setdefault(name, list(batches))) if keep else batches
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def _draw(self, split: str, epoch: int, order: np.ndarray | None) -> Drawn:
+    def _draw(self, name: str, epoch: int, order: np.ndarray | None) -> Drawn:
         """An epoch's random numbers, and its order where none is given. Row i is image i's, whatever the order."""
-        count, policy = len(self.labels[split]), self.policies[split]
+        count, policy = len(self.labels[name]), self.policies[name]
         order = random_stream(self.seed, ORDER, epoch).permutation(count) if order is None else order
         uniform = random_stream(self.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
         return self._to_device(order), policy.sample(self._to_device(uniform))
 
-    def _run(self, split: str, epoch: int, order: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
-        policy, images, labels = self.policies[split], self.images[split], self.labels[split]
-        drawn = self.drawn.pop((split, epoch)) if (split, epoch) in self.drawn else self._draw(split, epoch, order)
+    def _run(self, name: str, epoch: int, order: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
+        policy, images, labels = self.policies[name], self.images[name], self.labels[name]
+        drawn = self.drawn.pop((name, epoch)) if (name, epoch) in self.drawn else self._draw(name, epoch, order)
         on_device, parameters = drawn
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
         together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1

@@ -5,9 +5,9 @@ from collections.abc import Callable
 import albumentations as A
 import torch
 
+from batches.augmentation import test_policy, train_policy, uncropped_policy
 from batches.device_batches import DeviceBatches
 from batches.device_policy import DevicePolicy, Unsupported
-from batches.policy import test_policy, train_policy, uncropped_policy
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError
 from images.dataset import Images

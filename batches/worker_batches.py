@@ -20,7 +20,7 @@ from images.dataset import Split
 
 
 class BatchDataset(Dataset):
-    """Item (split, epoch, indices) is a whole batch of `splits[split]`, made by `policies[split]`: images float32,
+    """Item (name, epoch, indices) is a whole batch of `splits[name]`, made by `policies[name]`: images float32,
     N x 3 x H x W in channels_last memory, and labels int64, N. `shared` moves images and labels into shared memory."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], seed: int, shared: bool) -> None:
@@ -31,8 +31,8 @@ class BatchDataset(Dataset):
                 tensor.share_memory_()
 
     def __getitem__(self, item: tuple[str, int, np.ndarray]) -> tuple[Tensor, Tensor]:
-        split, epoch, indices = item
-        images, policy, py_random = self.images[split].numpy(), self.policies[split], random.Random()
+        name, epoch, indices = item
+        images, policy, py_random = self.images[name].numpy(), self.policies[name], random.Random()
         batch = []
         for index in indices.tolist():
             py_random.seed(self.seed << 64 | epoch << 32 | index)
@@ -41,7 +41,7 @@ class BatchDataset(Dataset):
             batch.append(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)  # after ToTensorV2
         # a process's part of a short batch may be empty
         pixels = np.stack(batch).astype(np.float32, copy=False) if batch else np.empty((0, *images.shape[1:]), np.float32)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[split][torch.from_numpy(indices)]
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[name][torch.from_numpy(indices)]
 
 
 class WorkerBatches:
@@ -66,22 +66,22 @@ class WorkerBatches:
             worker_init_fn=_start_worker, persistent_workers=workers > 0, pin_memory=pin_memory,
             generator=torch.Generator())  # its own: each pass would draw from torch's, which dropout draws from
 
-    def shuffled(self, split: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch)."""
-        return self._run(split, epoch, random_stream(self.seed, ORDER, epoch).permutation(self.sizes[split]))
+    def shuffled(self, name: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch)."""
+        return self._run(name, epoch, random_stream(self.seed, ORDER, epoch).permutation(self.sizes[name]))
 
-    def in_order(self, split: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def in_order(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of a test."""
-        return self._run(split, 0, np.arange(self.sizes[split]))
+        return self._run(name, 0, np.arange(self.sizes[name]))
 
     def close(self) -> None:
         """End the workers, also in the middle of an epoch."""
         if self.loader._iterator is not None and self.loader.num_workers:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _run(self, split: str, epoch: int, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    def _run(self, name: str, epoch: int, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
         whole = [order[start:start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        self.requests[:] = [(split, epoch, indices[self.share_of(len(indices))]) for indices in whole]
+        self.requests[:] = [(name, epoch, indices[self.share_of(len(indices))]) for indices in whole]
         return iter(self.loader)
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from batches.policy import test_policy, train_policy
+from batches.augmentation import test_policy, train_policy
 from config import Config
 from images.dataset import Images
 from images.loading import load_images

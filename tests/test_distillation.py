@@ -3,12 +3,14 @@
 import pytest
 from conftest import at_epoch, figures, one_line, raising, weights_of
 
+from config import Config
 from experiments.differences import settings
 from experiments.sweep import find_matching_run, plan_runs
 from runs.finding import RunState, find_runs
 from runs.record import read_run
 from runs.resuming import restore_config
 from runs.weights import read_weights
+from runs.writer import local_places
 
 
 @pytest.fixture
@@ -93,6 +95,16 @@ def test_a_resumed_run_has_the_same_teacher(run, tmp_path, taught, monkeypatch):
     assert "is not the one that run" in one_line(err)
     assert run("--resume", "--teacher", str(taught.wide))[0] == 0  # the same, by another name
     assert figures(folder) == figures(whole)
+
+
+def test_a_teacher_in_a_folder_with_a_comma_is_found_again(tmp_path, monkeypatch):
+    folder = tmp_path / "a,b"
+    (folder / "wide").mkdir(parents=True)
+    monkeypatch.chdir(folder)
+    assert local_places(Config(teacher="wide,other"))["teacher"] == "wide,other"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "wide").mkdir()
+    assert local_places(Config(teacher="wide,other"))["teacher"] == f"{tmp_path / 'wide'},other"
 
 
 @pytest.mark.parametrize(("arguments", "teacher", "said"), [

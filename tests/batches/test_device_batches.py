@@ -10,8 +10,8 @@ from test_device_policy import CPU, MEAN, STD, synthetic, whole_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
+from batches.augmentation import test_policy as normalizing_policy
 from batches.device_batches import DeviceBatches
-from batches.policy import test_policy as normalizing_policy
 from batches.randomness import ORDER, random_stream
 from batches.worker_batches import WorkerBatches
 from images.dataset import Split

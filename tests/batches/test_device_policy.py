@@ -15,9 +15,9 @@ from albumentations.pytorch import ToTensorV2
 from scipy.stats import ks_2samp
 from torch.nn import functional as F
 
+from batches.augmentation import train_policy
 from batches.device_policy import DevicePolicy, Unsupported
 from batches.packed_images import pack, unpack
-from batches.policy import train_policy
 from config import Config
 from images.synthetic import synthetic as make_synthetic
 

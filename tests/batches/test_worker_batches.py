@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from batches import worker_batches
-from batches.policy import test_policy as normalizing_policy
-from batches.policy import train_policy
+from batches.augmentation import test_policy as normalizing_policy
+from batches.augmentation import train_policy
 from batches.randomness import AUGMENTATION, ORDER, random_stream
 from batches.worker_batches import WorkerBatches
 from config import Config

@@ -12,7 +12,7 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file
 from torch import nn
 
-from batches.policy import test_policy as make_test_policy
+from batches.augmentation import test_policy as make_test_policy
 from config import UserError
 from images.decoding import decode
 from inference import prediction

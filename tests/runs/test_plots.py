@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from batches.policy import train_policy
+from batches.augmentation import train_policy
 from config import Config, UserError
 from images.dataset import Images, Split
 from images.synthetic import synthetic

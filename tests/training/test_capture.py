@@ -2,6 +2,7 @@
 but the graph."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from config import Config
 from model import Net
+from runs.record import read_record
 from training import capture
 from training.capture import CapturedStep, make_step
 from training.epoch import train_epoch
@@ -318,3 +320,15 @@ def test_steps_are_captured_where_that_is_wanted_and_possible(monkeypatch, capsy
     assert ("Steps are not captured: that needs CUDA" in capsys.readouterr().out) == printed
     if not captured:
         assert step.note.startswith("not captured") == (device == "cuda" and wanted != "off")
+
+
+def test_the_log_notes_each_size_of_a_batch_that_is_recorded(run, tmp_path, monkeypatch):
+    import main
+
+    monkeypatch.setattr(main, "make_step", lambda net, optimizer, device, config, *_: CapturedStep(
+        TrainStep(net, optimizer, device, config.label_smoothing)))
+    monkeypatch.setattr(capture, "largest_difference", lambda *_: (next(found), "a weight"))
+    found = iter((0.01, 0.02))
+    assert run("--epochs", "3", "--crop-size", "24", "--uncropped-share", "0.34")[0] == 0
+    notes = read_record(tmp_path / "logs" / "runs" / os.listdir(tmp_path / "logs" / "runs")[0])["notes"]
+    assert [note.split("by at most ")[1][:4] for note in notes] == ["1 % ", "2 % "]

@@ -10,9 +10,9 @@ from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda
 from tqdm import tqdm
 
 from batches import device_batches
+from batches.augmentation import test_policy as normalization
+from batches.augmentation import train_policy
 from batches.device_batches import DeviceBatches
-from batches.policy import test_policy as normalization
-from batches.policy import train_policy
 from config import Config
 from images.dataset import Split
 from model import Net

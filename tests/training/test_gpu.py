@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from batches.augmentation import test_policy as normalization
+from batches.augmentation import train_policy
 from batches.device_batches import DeviceBatches
-from batches.policy import test_policy as normalization
-from batches.policy import train_policy
 from config import Config
 from images.dataset import Split
 from images.synthetic import synthetic

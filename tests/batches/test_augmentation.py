@@ -8,9 +8,9 @@ import pytest
 import torch
 from test_worker_batches import MEAN, STD, joined, make
 
+from batches.augmentation import train_policy
 from batches.device_batches import DeviceBatches
 from batches.making import make_batches, make_policies
-from batches.policy import train_policy
 from config import Config
 from images.dataset import Images, Split, empty_split
 from images.synthetic import synthetic
