@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py [--runs 8] [--epochs 2] [--repeats 3]
 
-Each run has one thread. The ways are measured in turn, and the whole turn is repeated; the table has the medians of the
+The one run is of width 1, two epochs, and of width 3, one epoch. Each run has one thread. The ways are measured in turn, and the whole turn is repeated; the table has the medians of the
 seconds, and of the ratios within a turn. A sweep is timed as a whole command, and from the beginning of its first run to the
 end of its last one; one run by its last epoch, as its log has it. All listen on the loopback interface: the processes of one
 run are started as torchrun starts them, but meet in a file, because torchrun's own store listens on all interfaces. The table
@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "cluster.md"
 LOCAL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 PROCESSES = 2
+EPOCHS_OF_WIDTH = {1: 2, 3: 1}
 # main.py in one of several processes, which meet in the file that is the first argument
 MEET_IN_A_FILE = """
 import os, runpy, sys
@@ -51,6 +52,8 @@ def seconds(programs: list[subprocess.Popen]) -> float:
     for program in programs:
         program.communicate()
         if program.returncode:
+            for other in programs:
+                other.kill()
             sys.exit(f"{program.args!r} ended with status {program.returncode}")
     return time.perf_counter() - begun
 
@@ -98,14 +101,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--widths", type=int, nargs="*", default=[1, 3])
     arguments = parser.parse_args()
     load, turns, same = os.getloadavg()[0], [], True
     for _ in range(arguments.repeats):
         with tempfile.TemporaryDirectory() as name:
             turn, alike = sweeps(arguments.runs, arguments.epochs, Path(name))
-            for width in arguments.widths:
-                turn |= one_run(width, 2 if width == 1 else 1, Path(name))
+            for width, epochs in EPOCHS_OF_WIDTH.items():
+                turn |= one_run(width, epochs, Path(name))
         turns.append(turn)
         same = same and alike
         print(turn, flush=True)
@@ -121,7 +123,7 @@ def main() -> None:
             row("the same on Ray", "ray", "here"),
             row("without start and end, one after another", "runs here"),
             row("without start and end, on Ray", "runs on Ray", "runs here")]
-    for width in arguments.widths:
+    for width in EPOCHS_OF_WIDTH:
         rows += [row(f"an epoch of one run of width {width}, one process", f"width {width}, one process"),
                  row(f"the same by {PROCESSES} processes", f"width {width}, together", f"width {width}, one process")]
     text = "\n".join(rows) + (
