@@ -15,12 +15,12 @@ from typing import Any
 
 
 class UserError(Exception):
-    """An error that the user can put right. The program ends with its message as one line on stderr and exit status 2."""
+    """An error that the user can fix. The program ends with its message as one line on stderr and exit status 2."""
 
 
 def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None,
             choices: tuple[str, ...] = ()) -> Any:
-    """A field of Config, with what its flag and its check need. The range includes `low` and `high`."""
+    """Declare a field of Config with the metadata of its flag and its check. The range includes `low` and `high`."""
     return dataclasses.field(default=default, metadata={"help": meaning, "low": low, "high": high, "choices": choices})
 
 
@@ -46,17 +46,16 @@ class Config:
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     affine_p: float = setting(0.5, "probability of a shift, scaling and rotation, border reflected", low=0, high=1)
-    shift: float = setting(0.09375, "limit of the shift, as a fraction of the image's side; the shift itself is whole pixels, "
-                           "rounded towards zero: of 3 pixels, at most 2", low=0, high=1)
+    shift: float = setting(0.09375, "largest shift, as a fraction of the image's side, rounded towards zero to whole pixels: 3 "
+                           "of 32 pixels shift by at most 2", low=0, high=1)
     scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
-    crop_padding: int = setting(0, "pixels by which an image is reflected beyond its border, before a random crop", low=0,
-                                high=16)
-    crop_size: int = setting(32, "side of that crop, pixels; a side of 24 costs 56 % of the compute", low=16, high=32)
+    crop_padding: int = setting(0, "reflection padding before a random crop, pixels", low=0, high=16)
+    crop_size: int = setting(32, "side of the random crop, pixels; 24 costs 56 % of the compute", low=16, high=32)
     uncropped_share: float = setting(0.0, "share of the epochs, the last ones, that train on whole images, without a crop",
                                      low=0, high=1)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
-    coarse_dropout_size: int = setting(16, "side of that hole, pixels", low=1, high=32)
+    coarse_dropout_size: int = setting(16, "side of the hole, pixels", low=1, high=32)
 
     # optimization
     epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
@@ -65,13 +64,13 @@ class Config:
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "use Nesterov momentum")
     weight_decay: float = setting(5e-4, "L2 penalty on all parameters, biases and BatchNorm included", low=0, high=10)
-    label_smoothing: float = setting(0.0, "share of the target to spread evenly over all classes", low=0, high=0.99)
+    label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy loss", low=0, high=0.99)
 
     # distillation
     teacher: str = setting("", "finished run to distill into the new network: its --name, its folder's name under logs/runs, "
                            "or a path; several, separated by commas: the mean of their predictions (in a sweep: A+B); empty: "
                            "train on labels alone")
-    teacher_share: float = setting(0.9, "weight of the distillation loss; the labels have the rest", low=0, high=1)
+    teacher_share: float = setting(0.9, "weight of the distillation loss; that of the label loss is 1 minus it", low=0, high=1)
     temperature: float = setting(4.0, "temperature of the distillation loss: both networks' logits are divided by it",
                                  low=0.1, high=100)
 
@@ -89,9 +88,9 @@ class Config:
                                    "same bits on newer processors", choices=("auto", "avx2"))
     seed: int = setting(0, "seed of all random numbers", low=0, high=2**32 - 1)
     threads: int = setting(0, "CPU threads of PyTorch; 0: one for each core", low=0, high=1024)
-    name: str = setting("", "word to put behind the date in the name of the run's folder")
+    name: str = setting("", "name of the run, appended to the date in its folder's name")
     pictures: bool = setting(True, "draw pictures at the end of the run; python main.py plot draws them at any time")
-    tensorboard: bool = setting(False, "write TensorBoard event files, too")
+    tensorboard: bool = setting(False, "also write TensorBoard event files")
     log_dir: str = setting("logs", "folder for model_accuracy.log, torch_summary.log and the runs' folders")
 
     def __post_init__(self) -> None:
@@ -101,7 +100,7 @@ class Config:
                 object.__setattr__(self, field.name, value := float(value))
             _check(field, value)
         if self.min_lr > self.lr:
-            raise UserError(f"--min-lr is {self.min_lr}, above --lr, {self.lr}: the cosine only falls; lower --min-lr")
+            raise UserError(f"--min-lr is {self.min_lr}, but must not exceed --lr, {self.lr}: lower --min-lr")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov is on but --momentum is 0.0: Nesterov momentum must be above 0")
         for name in ("data_dir", "log_dir"):
@@ -117,8 +116,8 @@ class Config:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
-# They have one value in a sweep, and tell no runs apart: they change no result, or change it only as another seed does. The
-# images are told apart by their fingerprint
+# Settings that can't vary in a sweep and that `compare` ignores: they don't change results, or only as another seed does.
+# Images are compared by their fingerprint
 MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
                     "instruction_set", "name", "pictures", "tensorboard")
 
@@ -156,10 +155,10 @@ def _check(field: dataclasses.Field, value: Any) -> None:
         raise UserError(f"{flag(field.name)} is {value}, but must lie in {low} to {high}")
 
 
-# Chosen as LEARNINGS.md tells; by itself only the learning rate was found to do more than noise
+# LEARNINGS.md tells how these were chosen. By itself, only the learning rate made a significant difference
 BETTER: dict[str, Any] = {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0}
 
-# 80 epochs are thought to bear more augmentation; at 40 it comes out level (LEARNINGS.md)
+# More augmentation, meant for 80 epochs; at 40 the difference is not significant (LEARNINGS.md)
 STRONG: dict[str, Any] = BETTER | {"crop_padding": 4, "coarse_dropout_size": 8}
 
 # Named sets of changes to the defaults above: `python main.py --recipe NAME`

@@ -6,7 +6,9 @@
     python main.py --help               all settings and commands
 
 Images -> augmentation policies -> Net -> SGD -> cosine schedule -> epochs of training and testing -> logs, checkpoints,
-weights, pictures. To change one of them, change it here; settings are in config.py, the network is in model.py.
+weights, pictures. The optimizer and the loop are here, the network is in model.py, the augmentation in batches/augmentation.py,
+the learning rate in training/schedule.py, the loss in training/step.py. Give your change a setting in config.py: `compare` and
+`sweep` tell runs apart by settings, images and network.
 """
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
@@ -43,7 +45,7 @@ from runs.writer import NoWriter, RunWriter, resume_run, start_run
 from training.capture import Step, make_step
 from training.dilated import use_fast_dilated_convs
 from training.distillation import Distillation
-from training.distributed import ALONE, Processes, synchronize_norms, whole_sizes
+from training.distributed import ALONE, Processes, batch_sizes, synchronize_norms
 from training.epoch import check_output, evaluate, train_epoch
 from training.machine import (
     describe_device,
@@ -55,7 +57,7 @@ from training.machine import (
     set_determinism,
 )
 from training.metrics import Result
-from training.schedule import learning_rate, policy_of
+from training.schedule import learning_rate, policy_name
 
 NOT_MEASURED = Result(math.nan, math.nan)
 EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
@@ -69,7 +71,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
-    teachers = teachers or processes.decide(lambda: find_teachers(config))  # before any image is downloaded
+    teachers = teachers or processes.broadcast(lambda: find_teachers(config))  # before any image is downloaded
     set_determinism(config)
     device = find_device(processes.device_name(config.device))
 
@@ -82,7 +84,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
                      threads=config.threads or max(1, available_cores() // processes.local_size))
 
-    # Network, optimizer, loss. The learning rate is a function of the config and the epoch: training/schedule.py
+    # Network and optimizer. The learning rate of a step is set by training/schedule.py, the loss by training/step.py
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
@@ -97,14 +99,14 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     distillation = None
     if teachers:
         check_teachers(teachers, images)
-        teacher_nets = [each.build_net().to(device).to(memory_format=memory_format(device)) for each in teachers]
+        teacher_nets = [teacher.build_net().to(device).to(memory_format=memory_format(device)) for teacher in teachers]
         distillation = Distillation(teacher_nets, config.teacher_share, config.temperature)
     step = make_step(net, optimizer, device, config, distillation, processes)
 
     # Records: what the run is, and what it leaves on disk
     machine = {"device": describe_device(device), "instruction_set": instruction_set(), **processes.describe()}
     record = make_record(config, network, images, machine, next_number(Path(config.log_dir)),
-                         ",".join(each.name for each in teachers))
+                         ",".join(teacher.name for teacher in teachers))
     if not processes.is_first:
         writer: RunWriter = NoWriter()
     elif unfinished:
@@ -114,7 +116,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
 
     with writer, closing(make_batches(config, images, policies, device, processes.share_of)) as batches:
         writer.start_log(network_summary)
-        processes.share_state(net, optimizer)
+        processes.broadcast_state(net, optimizer)
         run_epochs(config, images, batches, step, writer)
         writer.finish()
         if processes.is_first:
@@ -144,7 +146,7 @@ def print_result(folder: Path) -> None:
 def run_epochs(config: Config, images: Images, batches: Batches, step: Step, writer: RunWriter) -> None:
     """Train and test for the epochs that are left; after each, save its row of the log, and a checkpoint if one is due."""
     processes = step.processes
-    first, noted = processes.decide(lambda: len(writer.rows)), ""
+    first, noted = processes.broadcast(lambda: len(writer.rows)), ""
     progress = tqdm(total=config.epochs, initial=first, desc="run", leave=False, dynamic_ncols=True, bar_format=RUN_BAR,
                     disable=None if config.epochs > 1 and processes.is_first else True)
     with progress, event_writer(config.tensorboard and processes.is_first, writer.folder, first) as events:
@@ -153,7 +155,7 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
             row = run_epoch(config, images, batches, step, epoch, last)
             if epoch == first and step.device.type == "cuda":
                 writer.add_notes(f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
-            if step.note != noted:  # each size of a batch that comes is recorded anew
+            if step.note != noted:  # a batch of a new size is captured separately
                 noted = step.note
                 writer.add_notes(noted)
             line = writer.save_epoch(row, last)
@@ -174,12 +176,12 @@ def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoc
     progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, leave=False,
                     dynamic_ncols=True, bar_format=EPOCH_BAR, disable=None if processes.is_first else True)
     with progress:
-        train_result = train_epoch(step, batches.shuffled(policy_of(config, epoch), epoch), rate, progress,
-                                   whole_sizes(len(images.train), config.batch_size))
+        train_result = train_epoch(step, batches.shuffled(policy_name(config, epoch), epoch), rate, progress,
+                                   batch_sizes(len(images.train), config.batch_size))
     row = {"epoch": epoch, "lr": rate(0), "train_loss": train_result.loss, "train_acc": train_result.accuracy}
     if config.validation:
         row["val_loss"], row["val_acc"] = evaluate(net, batches.in_order("validation"), device, processes)
-    # Whoever chooses settings by the validation images must not see the test images before the end.
+    # With a validation split, test only after the last epoch, so that no setting is chosen on the test images.
     hidden = config.validation and not last
     row["test_loss"], row["test_acc"] = NOT_MEASURED if hidden else evaluate(net, batches.in_order("test"), device, processes)
     row["seconds"] = time.perf_counter() - started

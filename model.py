@@ -1,9 +1,9 @@
-"""The network.
+"""The network: a depthwise-separable CNN for 32x32 images.
 
-A depthwise-separable CNN for 32x32 pictures, after MobileNet (Howard et al. 2017, arXiv:1704.04861): each 3x3
+It follows MobileNet (Howard et al. 2017, arXiv:1704.04861): each 3x3
 convolution is split into a depthwise one (each channel by itself) and a pointwise one (1x1, across channels).
-It has 155,434 parameters and 7.55 million multiply-adds. Strided convolutions halve the size; nothing is pooled but
-the last 4x4 map. Needs torch alone.
+It has 155,434 parameters and 7.55 million multiply-adds. Strided convolutions halve the size; the only
+pooling is the global average of the last 4x4 map. Imports torch only.
 """
 
 from torch import Tensor, nn

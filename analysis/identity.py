@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from analysis.receptive_field import convolutions, in_mode
 
-SAME = {"FastDilatedConv2d": "Conv2d"}  # training/dilated.py: another way to compute the same
+EQUIVALENT_LAYERS = {"FastDilatedConv2d": "Conv2d"}  # training/dilated.py: another way to compute the same
 
 
 def describe_network(net: nn.Module) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class _Tracer(fx.Tracer):
     """Follows the code of every module but torch's own layers and their stand-ins."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__name__ in SAME or super().is_leaf_module(m, module_qualified_name)
+        return type(m).__name__ in EQUIVALENT_LAYERS or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
@@ -94,7 +94,7 @@ def _describe_layer(layer: nn.Module, name: str = "") -> list[Any]:
     settings = {key: _describe_value(value) for key, value in vars(layer).items() if key[0] != "_" and key != "training"}
     inside = [_describe_layer(child, key) for key, child in layer.named_children()]
     weighted = any(True for _ in chain(layer.parameters(), layer.buffers()))
-    return [SAME.get(kind, kind), name if weighted else "", settings, inside]
+    return [EQUIVALENT_LAYERS.get(kind, kind), name if weighted else "", settings, inside]
 
 
 def _describe_constant(net: nn.Module, name: str) -> Any:
@@ -133,7 +133,7 @@ def _sources(net: nn.Module) -> list[str]:
     and so is a class whose source can't be found."""
     files = set()
     for module in net.modules():
-        if not type(module).__module__.startswith("torch.") and type(module).__name__ not in SAME:
+        if not type(module).__module__.startswith("torch.") and type(module).__name__ not in EQUIVALENT_LAYERS:
             files.add(inspect.unwrap(type(module).forward).__code__.co_filename)
     return sorted(_plain_source(Path(file)) for file in files if Path(file).is_file())
 

@@ -27,6 +27,7 @@ class Convolution:
     unknown: str = ""
 
 
+SIDE = 32  # pixels: the height and width of an image
 # Layers that leave each pixel where it is, and the receptive field as it was.
 PIXELWISE = (nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU,
              nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh)
@@ -43,9 +44,8 @@ class _Field:
     unknown: str = ""
 
 
-def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
-    """Describe every convolution of `net`, in the order in which a forward pass of one 3 x image_size x image_size image
-    meets them.
+def convolutions(net: nn.Module) -> list[Convolution]:
+    """Describe every convolution of `net`, in the order in which a forward pass of one 3 x 32 x 32 image meets them.
 
     The pass is recorded by hooks: a layer continues the receptive field of the layer whose output tensor it is given. A layer
     that is given another tensor (a sum of branches, the result of a function), or one that was changed in place since, has an
@@ -55,7 +55,7 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
 
     `net` is left as it was. Raises what its forward pass raises.
     """
-    images = torch.zeros(1, 3, image_size, image_size, device=next(net.parameters()).device)
+    images = torch.zeros(1, 3, SIDE, SIDE, device=next(net.parameters()).device)
     fields = {_state(images): _Field(jump=1, size=1)}
     alive = [images]  # an id is only unique while its tensor lives
     arrived: dict[nn.Module, _Field] = {}
@@ -67,7 +67,7 @@ def convolutions(net: nn.Module, image_size: int = 32) -> list[Convolution]:
         arrived[module] = fields.get(_state(inputs[0]), lost) if inputs else lost
 
     def leave(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        field = _after(module, arrived[module], names[module], image_size)
+        field = _after(module, arrived[module], names[module])
         fields[_state(output)] = field
         alive.append(output)
         if isinstance(module, nn.Conv2d):
@@ -101,12 +101,12 @@ def _state(value: object) -> tuple[int, int]:
     return id(value), getattr(value, "_version", 0)
 
 
-def _after(layer: nn.Module, field: _Field, name: str, image_size: int) -> _Field:
+def _after(layer: nn.Module, field: _Field, name: str) -> _Field:
     """The field after `layer`, given the field before it."""
     if field.jump is None or field.size is None or isinstance(layer, PIXELWISE):
         return field
     if isinstance(layer, GLOBAL) and layer.output_size in (1, (1, 1)):
-        return _Field(jump=field.jump, size=max(field.size, image_size))
+        return _Field(jump=field.jump, size=max(field.size, SIDE))
     if not isinstance(layer, SLIDING):
         return _Field(unknown=f"{name} is a {type(layer).__name__}, whose receptive field is not known")
     kernel, stride, dilation = (_pair(getattr(layer, key, 1)) for key in ("kernel_size", "stride", "dilation"))

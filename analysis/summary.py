@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torchsummary import summary
 
-from analysis.receptive_field import Convolution, convolutions
+from analysis.receptive_field import SIDE, Convolution, convolutions
 
 
 def torch_summary(net: nn.Module, device: str) -> str:
@@ -18,7 +18,7 @@ def torch_summary(net: nn.Module, device: str) -> str:
     # torchsummary runs a forward pass in training mode, draws random numbers, and knows two devices only
     twin, table = copy.deepcopy(net).cpu().eval(), io.StringIO()
     with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]):
-        summary(twin, (3, 32, 32), device="cpu")
+        summary(twin, (3, SIDE, SIDE), device="cpu")
     return f"device: {device}\n{table.getvalue()}\n{receptive_field_table(convolutions(net))}"
 
 

@@ -41,7 +41,8 @@ class DeviceBatches:
             self.drawn = {(name, epoch + 1): self._draw(name, epoch + 1, None)}
 
     def in_order(self, name: str) -> Iterator[Batch]:
-        """The batches of a test. On a GPU, images that nothing random is done to are normalized once and stay there."""
+        """The batches of a split in its own order, for evaluation. On a GPU, those of a policy without random transforms are
+        made once and kept."""
         if name in self.kept:
             return iter(self.kept[name])
         batches = self._run(name, 0, np.arange(len(self.labels[name])), TEST_BATCH[self.device.type])
@@ -49,7 +50,7 @@ class DeviceBatches:
         return iter(self.kept.setdefault(name, list(batches))) if keep else batches
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Do nothing."""
 
     def _draw(self, name: str, epoch: int, order: np.ndarray | None) -> Drawn:
         """An epoch's random numbers, and its order where none is given. Row i is image i's, whatever the order."""

@@ -71,7 +71,7 @@ class WorkerBatches:
         return self._run(name, epoch, random_stream(self.seed, ORDER, epoch).permutation(self.sizes[name]))
 
     def in_order(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of a test."""
+        """The batches of a split in its own order, for evaluation."""
         return self._run(name, 0, np.arange(self.sizes[name]))
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
     python benchmarks/cluster.py [--runs 8] [--epochs 2] [--repeats 3]
 
-The one run is of width 1, two epochs, and of width 3, one epoch. Each run has one thread. The ways are measured in turn, and the whole turn is repeated; the table has the medians of the
-seconds, and of the ratios within a turn. A sweep is timed as a whole command, and from the beginning of its first run to the
-end of its last one; one run by its last epoch, as its log has it. All listen on the loopback interface: the processes of one
+The one run is of width 1, two epochs, and of width 3, one epoch. Each run has one thread. The ways are measured in turn, and
+the whole turn is repeated; the table has the medians of the seconds, and of the ratios within a turn. A sweep is timed as a
+whole command, and from the beginning of its first run to the end of its last one; one run by its last epoch, as its log has it.
+All listen on the loopback interface: the processes of one
 run are started as torchrun starts them, but meet in a file, because torchrun's own store listens on all interfaces. The table
 goes to benchmarks/results/cluster.md. Run it on a machine that does nothing else: other programs on its cores slow the two ways
 down differently.

@@ -3,7 +3,6 @@
 from argparse import Namespace
 from contextlib import closing
 
-from batches.making import make_batches
 from images.names import printable
 from inference.classifier import Classifier
 from inference.export import EXPORT_SUFFIXES, check_packages, export_network
@@ -18,7 +17,7 @@ def run(arguments: Namespace) -> None:
     check_packages(arguments.to)
     trained = load_trained(Namespace(**vars(arguments), device="cpu"))
     weights, images = trained.weights, trained.images
-    with closing(make_batches(trained.config, images, trained.policies, trained.device)) as batches:
+    with closing(trained.make_batches()) as batches:
         logits, _ = predict(trained.net, batches.in_order("test"), trained.device)
     classifier = Classifier(trained.net, weights.mean, weights.std)
     data, comparison = export_network(arguments.to, classifier, weights.class_names, images.train, images.test, logits)

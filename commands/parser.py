@@ -17,7 +17,7 @@ VERSION = "1.0.0"
 
 
 def parse(line: list[str]) -> Namespace:
-    """What the command line asks for: its `verb`, and what that verb's file in commands/ reads."""
+    """Parse `line`. Returns its `verb`, and the arguments that commands/<verb>.py reads."""
     verbs: dict[str, Callable[[list[str]], Namespace]] = {
         "train": _parse_train, "sweep": _parse_sweep, "compare": _parse_compare, "plot": _parse_plot, "test": _parse_test,
         "predict": _parse_predict, "export": _parse_export}
@@ -84,8 +84,8 @@ def _version() -> str:
 
 
 def _parse_train(line: list[str]) -> Namespace:
-    """given (the settings of the command line, recipe included), resume (a run, "" for the newest, None for a new run), and the
-    new run's config."""
+    """Parse the arguments of training: given (the settings of the command line, recipe included), resume (a run, "" for the
+    newest, None for a new run), and the new run's config."""
     parser = Parser("", texts.TRAIN)
     parser.add_argument("--version", action="version", version=_version())
     parser.add_recipe()
@@ -99,7 +99,7 @@ def _parse_train(line: list[str]) -> Namespace:
     if resume is None and "data_dir" in given:
         given.setdefault("dataset", _named_dataset(given["data_dir"]))
     config = None if resume is not None else Config(**given)
-    _tell_threads(given.get("threads", 0))
+    _warn_about_threads(given.get("threads", 0))
     return Namespace(given=given, resume=resume, config=config)
 
 
@@ -108,14 +108,15 @@ def _named_dataset(data_dir: str) -> str:
     return "cifar10" if data_dir == Config.data_dir else Config.dataset
 
 
-def _tell_threads(threads: int) -> None:
+def _warn_about_threads(threads: int) -> None:
     if threads > available_cores():
         print(f"--threads is {threads}, but this program may use {available_cores()} cores: more threads than cores are slower",
               file=sys.stderr)
 
 
 def _parse_sweep(line: list[str]) -> Namespace:
-    """configs, in the order they run: all combinations with the first seed, then with the next; and log_dir."""
+    """Parse the arguments of a sweep: configs, in the order they run, all combinations with the first seed, then with the next;
+    and log_dir."""
     parser = Parser("sweep", texts.SWEEP)
     parser.add_recipe()
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run each with the seeds 0 to N - 1 (default: 1)")
@@ -151,7 +152,7 @@ def _parse_sweep(line: list[str]) -> Namespace:
     if "data_dir" in given:
         base.setdefault("dataset", _named_dataset(given["data_dir"]))
     configs = [Config(**(base | change | {"seed": seed})) for seed in range(seeds) for change in changes]
-    _tell_threads(configs[0].threads)
+    _warn_about_threads(configs[0].threads)
     return Namespace(configs=configs, log_dir=configs[0].log_dir, on=on, cpus_per_run=cpus or configs[0].threads or 1,
                      gpus_per_run=gpus)
 
@@ -165,13 +166,13 @@ def _check_cluster(on: str, cpus: int | None, gpus: float | None, threads: int) 
     if cpus is not None and not 1 <= cpus <= 1024:
         raise UserError(f"--cpus-per-run is {cpus}, but must lie in 1 to 1024")
     if cpus and threads and cpus != threads:
-        raise UserError(f"--threads is {threads} and --cpus-per-run {cpus}: they are the same, so leave one of them out")
+        raise UserError(f"--threads is {threads} and --cpus-per-run {cpus}: both set the threads of a run, so leave one out")
     if gpus is not None and not (0 <= gpus <= 64 and (gpus <= 1 or gpus == int(gpus))):
         raise UserError(f"--gpus-per-run is {gpus}, but must be a fraction of one, or a whole number up to 64")
 
 
 def _values(field: dataclasses.Field) -> Callable[[str], list[Any]]:
-    """How to read values of a setting, separated by commas."""
+    """Return a function that reads values of a setting, separated by commas."""
     words = {"true": True, "false": False}
 
     def read(text: str) -> list[Any]:
@@ -242,6 +243,6 @@ def _finished_run_parser(verb: str, description: str, *settings: str, run: str =
 
 
 def _checked(arguments: Namespace) -> Namespace:
-    """`arguments`, after a check of the settings in them."""
+    """Check the settings in `arguments`, and return them."""
     Config(**{name: value for name, value in vars(arguments).items() if name in SETTINGS and value is not None})
     return arguments

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from analysis.receptive_field import convolutions
-from batches.making import Batches, make_batches
+from batches.making import Batches
 from config import UserError
 from images.dataset import Images
 from inference.loading import load_trained
@@ -24,7 +24,7 @@ def run(arguments: Namespace) -> None:
     if arguments.run and arguments.run.endswith(".safetensors"):
         raise UserError(f"{arguments.run} is no run: pictures are drawn of a run; name its folder")
     trained = load_trained(arguments)
-    with closing(make_batches(trained.config, trained.images, trained.policies, trained.device)) as batches:
+    with closing(trained.make_batches()) as batches:
         draw_pictures(trained.net, batches, trained.images, trained.policies["train"], trained.device,
                       trained.weights.path.parent)
 

@@ -14,7 +14,7 @@ from training.machine import find_device
 
 
 def run(arguments: Namespace) -> None:
-    """Print the most probable classes of each file. Files that can't be read are told of at the end."""
+    """Print the most probable classes of each file. Files that can't be read are reported at the end."""
     files, device = image_files(arguments.images), find_device(arguments.device)
     weights = read_weights(find_weights(Path(arguments.log_dir), arguments.run))
     classifier = Classifier(build_trained_net(weights, arguments.model), weights.mean, weights.std).to(device)

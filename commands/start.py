@@ -1,4 +1,4 @@
-"""Start the program, and end it: with one line on stderr for what a user can put right, with a traceback for bugs.
+"""Start the program, and end it: with one line on stderr for what a user can fix, with a traceback for bugs.
 
 This file alone is imported before Python's version is checked, so it has to be valid for older ones too.
 """
@@ -29,7 +29,8 @@ from training.errors import StopRequested, as_user_errors, stop_on_signals
 STARTED = time.perf_counter()
 
 # What makes PyTorch's three CPU libraries use AVX2 at most; they read it when they are loaded
-CAPS = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "MKL_CBWR": "AVX2"}
+AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+                  "MKL_CBWR": "AVX2"}
 PACKAGES = ("torch", "torchvision", "albumentations", "torchsummary", "safetensors", "matplotlib", "scipy", "tqdm")
 
 
@@ -78,7 +79,7 @@ def run_line(line: list[str], train: Callable) -> int:
 
 
 def report(error: BaseException) -> int | None:
-    """Print an error that the user can put right as one line on stderr. Returns the exit status, or None for a bug."""
+    """Print an error that the user can fix as one line on stderr. Returns the exit status, or None for a bug."""
     if isinstance(error, StopRequested):
         line, status = f"stopped by {error.signal.name}", error.status
     elif isinstance(error, KeyboardInterrupt):  # before the signal handlers are in place, or after
@@ -100,9 +101,9 @@ def cap_instruction_set(arguments: Namespace) -> None:
     """Have PyTorch use the CPU instructions of the setting, which works only before it is loaded."""
     if _instruction_set(arguments) != "avx2":
         return
-    if "torch" in sys.modules and os.environ.get("ATEN_CPU_CAPABILITY") != CAPS["ATEN_CPU_CAPABILITY"]:
+    if "torch" in sys.modules and os.environ.get("ATEN_CPU_CAPABILITY") != AVX2_VARIABLES["ATEN_CPU_CAPABILITY"]:
         raise UserError("--instruction-set avx2 must be known before PyTorch is loaded: start with python main.py")
-    os.environ.update(CAPS)
+    os.environ.update(AVX2_VARIABLES)
 
 
 def _instruction_set(arguments: Namespace) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from commands import compare
-from commands.start import CAPS
+from commands.start import AVX2_VARIABLES
 from experiments.claims import remove_stale_claims
 from experiments.cluster import make_runs_on_ray
 from experiments.sweep import Outcome, PlannedRun, Train, make_runs_here, plan_runs
@@ -20,7 +20,7 @@ def run(arguments: Namespace, train: Train) -> int:
         plan, images = plan_runs(arguments.configs)
         outcomes = make_runs_here(plan, partial(train, images=images))
     else:
-        capped = {name: os.environ[name] for name in CAPS if name in os.environ}  # --instruction-set
+        capped = {name: os.environ[name] for name in AVX2_VARIABLES if name in os.environ}  # --instruction-set
         plan, outcomes = make_runs_on_ray(arguments.configs, arguments.on, arguments.cpus_per_run, arguments.gpus_per_run,
                                           capped)
     print_outcomes(plan, outcomes)
@@ -31,9 +31,10 @@ def run(arguments: Namespace, train: Train) -> int:
 def print_outcomes(plan: Sequence[PlannedRun], outcomes: Sequence[Outcome]) -> None:
     """Print how many runs were made, and name those that diverged or are under way elsewhere."""
     print(f"\n{sum(outcome in (Outcome.TRAINED, Outcome.PRESENT) for outcome in outcomes)} of {len(plan)} runs are finished")
-    for outcome, advice in ((Outcome.DIVERGED, ""), (Outcome.FAILED, "; repeat the sweep, which skips what is finished"), (
-            Outcome.ELSEWHERE, "; repeat the sweep when they have ended")):
+    advice = {Outcome.DIVERGED: "", Outcome.FAILED: "; repeat the sweep, which skips what is finished",
+              Outcome.ELSEWHERE: "; repeat the sweep when they have ended"}
+    for outcome, hint in advice.items():
         runs = [planned.description for planned, its_outcome in zip(plan, outcomes, strict=True) if its_outcome is outcome]
         if runs:
-            print(f"{len(runs)} {outcome.value} ({'; '.join(runs)}){advice}")
+            print(f"{len(runs)} {outcome.value} ({'; '.join(runs)}){hint}")
     print()

@@ -3,7 +3,6 @@
 from argparse import Namespace
 from contextlib import closing
 
-from batches.making import make_batches
 from images.names import printable
 from inference.evaluation import report_evaluation
 from inference.loading import load_trained
@@ -12,7 +11,7 @@ from inference.loading import load_trained
 def run(arguments: Namespace) -> None:
     """Print accuracy, loss and calibration on the test images, and the accuracy of each class."""
     trained = load_trained(arguments)
-    with closing(make_batches(trained.config, trained.images, trained.policies, trained.device)) as batches:
+    with closing(trained.make_batches()) as batches:
         report = report_evaluation(trained.net, batches, trained.device, trained.weights.class_names, arguments.flip)
     print(printable(f"{trained.weights.path} on the {len(trained.images.test):,} test images of {trained.config.dataset}:"))
     print(report)

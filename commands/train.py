@@ -18,7 +18,7 @@ def run(arguments: Namespace, train: Callable) -> int:
     with join_processes() as processes:
         # the first process, which holds the lock of a run that is resumed, decides for all
         chosen, unfinished = choose_run(arguments) if processes.is_first else (None, None)
-        config = processes.decide(lambda: chosen)
+        config = processes.broadcast(lambda: chosen)
         if config is None:
             print("the run of this job is finished")
             return 0
@@ -33,7 +33,7 @@ def choose_run(arguments: Namespace) -> tuple[Config | None, Unfinished | None]:
     """The config of the run to train, None where this job has finished it; and the run to resume, None for a new one. That is
     the one that this job began before torchrun restarted it, or the one that is named."""
     given, name = arguments.given, arguments.resume
-    state, folder = find_job_run(Path(given.get("log_dir", Config.log_dir))) or (RunState.FOREIGN, Path())
+    state, folder = find_job_run(Path(given.get("log_dir", Config.log_dir)))
     if state is RunState.DIVERGED:
         raise Diverged(f"run {folder.name} has diverged: to start it again would only repeat this")
     if state is RunState.FINISHED:

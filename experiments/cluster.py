@@ -39,7 +39,7 @@ BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} runs, {remaining} left"
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """What a worker returns of a run. `files` holds the run's folder where the log folder is not shared with the worker."""
 
     outcome: Outcome
@@ -66,7 +66,7 @@ class Marker:
 
 # ---------------------------------------------------------------- in a worker
 
-def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], marker: Marker) -> Result:
+def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], marker: Marker) -> RunResult:
     """Train the run in a worker of Ray, in the shared log folder or else in one that is deleted afterwards."""
     import main  # which nothing else imports; a worker loads it by name
 
@@ -84,8 +84,8 @@ def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], mark
         shutil.rmtree(log_dir, ignore_errors=True)
 
 
-def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> Result:
-    """Make the run in `log_dir`. What it prints goes to a file, which lies in its folder afterwards."""
+def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> RunResult:
+    """Make the run in `log_dir`. Its output is written to a file, which is added to the run's folder."""
     planned = replace(planned, config=replace(planned.config, log_dir=str(log_dir)))
     output = log_dir / "runs" / CLAIMS / f"{planned.key}.txt"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +102,13 @@ def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> Result:
             traceback.print_exc()
     state, folder = find_matching_run(planned) or (RunState.FOREIGN, None)
     if folder is None:
-        return Result(outcome, message or "it left no folder")
+        return RunResult(outcome, message or "it left no folder")
     if outcome is not Outcome.ELSEWHERE:
         with open(folder / OUTPUT, "a") as file:
             file.write(output.read_text())
     output.unlink()
     accuracy = read_summary(folder)["test_acc"] if state is RunState.FINISHED else None
-    return Result(outcome, message, accuracy, folder.name)
+    return RunResult(outcome, message, accuracy, folder.name)
 
 
 # ---------------------------------------------------------------- in the process that the user started
@@ -126,7 +126,7 @@ def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float 
     with ExitStack() as stack:
         outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
-            signals: list[int] = []  # noted, because Ray's calls don't bear an exception from a handler
+            signals: list[int] = []  # noted: an exception from a signal handler breaks Ray's calls
             stack.enter_context(stop_on_signals(signals.append))
             stack.enter_context(_connected(ray, address, variables))
             _make_missing(ray, plan, images, outcomes, cpus, gpus, signals)
@@ -153,8 +153,8 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Images, outcomes
             raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: give less")
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
     images_there = ray.put(images)
-    weights = {config.teacher: config for config in (planned.config for planned in plan)}
-    teachers = {name: ray.put(find_teachers(config)) for name, config in weights.items()}
+    configs = {planned.config.teacher: planned.config for planned in plan}
+    teachers = {name: ray.put(find_teachers(config)) for name, config in configs.items()}
     with _marked(Path(plan[0].config.log_dir)) as marker:
         running = {task.remote(planned, images_there, teachers[planned.config.teacher], marker): number
                    for number, planned in enumerate(plan) if outcomes[number] is None}
@@ -177,9 +177,9 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Images, outcomes
 
 
 def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, str]:
-    """The outcome of a run that has ended, and a line that says it. Puts its folder in place where it was made elsewhere."""
+    """The outcome of a run that has ended, and a line that reports it. Puts its folder in place where it was made elsewhere."""
     try:
-        result: Result = ray.get(reference)
+        result: RunResult = ray.get(reference)
     except ray.exceptions.RayError as error:
         return Outcome.FAILED, f"failed: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]})"
     name = result.folder
@@ -207,7 +207,7 @@ def _marked(log_dir: Path) -> Iterator[Marker]:
 
 
 def _import_ray(address: str | None) -> Any:
-    """The package. Without an address of a cluster it will listen on the loopback interface alone."""
+    """Import Ray. Without the address of a cluster it will listen on the loopback interface only."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it reports home otherwise
     if not address:  # this is the default on macOS and Windows; on Linux Ray would listen on all interfaces
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import UserError
-from experiments.differences import differences, same_network, settings, short_identity
+from experiments.differences import differences, effective_settings, same_network, short_identity
 from experiments.statistics import (
     LEVEL,
     Estimate,
@@ -184,7 +184,8 @@ def _same_settings(run: Run, other: Run, reference: Run) -> bool:
     network, other_network, reference_network = (each.record["network"] for each in (run, other, reference))
     if same_network(network, reference_network):  # also where it has no identity: the likeliest of those that its figures fit
         network = reference_network
-    return settings(run.record["config"]) == settings(other.record["config"]) and same_network(network, other_network)
+    config, other_config = run.record["config"], other.record["config"]
+    return effective_settings(config) == effective_settings(other_config) and same_network(network, other_network)
 
 
 def _shared(differing: Sequence[Mapping[str, str]]) -> dict[str, str]:

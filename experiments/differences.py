@@ -1,4 +1,4 @@
-"""What tells two runs apart: the settings that have an effect, and the network."""
+"""Differences between runs in settings and network."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +15,9 @@ FIGURES = {"parameters": "parameters", "multiply_adds": "multiply-adds", "recept
 DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 
 
-def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a config, also one of an earlier version of the program, the settings that have an effect. Settings that came since
-    have their defaults; one that is gone counts where it was in use."""
+def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of `config` that have an effect, also of an older version's config. Settings added since then have
+    their defaults; a removed one counts if it was in use."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
     if known["uncropped_share"] == 1 or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
@@ -35,7 +35,7 @@ def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def differences(record: Record, reference: Record) -> dict[str, str]:
     """What differs in the settings and the network of a run from those of the `reference` run, by name."""
-    ours, theirs = settings(record["config"]), DEFAULTS | reference["config"]
+    ours, theirs = effective_settings(record["config"]), DEFAULTS | reference["config"]
     found = {name: printable(str(value)) for name, value in ours.items() if value != theirs.get(name)}
     classes, their_classes = (len(each["dataset"]["class_names"]) for each in (record, reference))
     resized = "width" in found or classes != their_classes  # which changes a network's figures and its identity

@@ -65,8 +65,8 @@ def _judgement(table: Table) -> list[str]:
     parts = []
     if table.shared:
         parts.append(f"All differ from the reference in: {_listed(table.shared)}.")
-    parts.append(f"Differences are in points of {table.judged_by} accuracy, ± standard error, from the row with as many epochs "
-                 "that differs least from the reference (that row's: from the reference).")
+    parts.append(f"Differences are in points of {table.judged_by} accuracy, ± standard error, from the base: the row with "
+                 "as many epochs that differs least from the reference. The base itself is compared with the reference.")
     known = [f"{std.value:.2f} at {plural(epochs, 'epoch')}" for epochs, std in sorted(table.stds.items())
              if std.dof and std.value]
     if known:
@@ -74,8 +74,8 @@ def _judgement(table: Table) -> list[str]:
     tested = sum(difference.verdict != "unknown" for difference in judged)
     if tested:
         parts.append(f"If no settings differ, at most {LEVEL:.0%} of tables call any difference significant. "
-                     f"\"Detects\" is the smallest difference that so many seeds find in {POWER:.0%} of cases: not significant "
-                     "is no proof of none, and more seeds find smaller ones.")
+                     f"\"Detects\" is the smallest difference that so many seeds find in {POWER:.0%} of cases; more seeds "
+                     "find smaller ones. \"Not significant\" doesn't show that there is no difference.")
     if tested < len(judged):
         parts.append("Unknown: run more seeds (sweep --seeds 3); their accuracies must differ, too.")
     return textwrap.wrap(" ".join(parts), WIDTH)

@@ -1,4 +1,4 @@
-"""The runs of a sweep: which are to be made, which are there, and how to make one, wherever that is."""
+"""The runs of a sweep: plan them, find those already made, train the others."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import Any
 from analysis.identity import describe_network
 from config import Config, UserError, net_settings
 from experiments.claims import claim
-from experiments.differences import same_network, settings
+from experiments.differences import effective_settings, same_network
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
 from model import Net
@@ -48,14 +48,14 @@ class PlannedRun:
 
     @property
     def key(self) -> str:
-        """The same for two planned runs that are the same run."""
+        """A hash that is equal for planned runs that are the same run."""
         content = json.dumps([self.settings, self.config.seed, self.fingerprint, self.network["identity"]], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def matches(self, record: Record) -> bool:
         """Whether `record` is that of this run."""
         return (record["config"]["seed"] == self.config.seed and record["dataset"]["sha256"] == self.fingerprint
-                and settings(record["config"]) == self.settings and same_network(record["network"], self.network))
+                and effective_settings(record["config"]) == self.settings and same_network(record["network"], self.network))
 
 
 def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
@@ -71,7 +71,7 @@ def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
     varied = [name for name in vars(configs[0]) if name != "seed" and len({getattr(config, name) for config in configs}) > 1]
     plan = [PlannedRun(
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
-        settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
+        effective_settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
         fingerprints[config.validation], describe(*net_settings(vars(config)).items())) for config in configs]
     return plan, images
 

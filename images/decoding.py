@@ -30,16 +30,9 @@ Image.MAX_IMAGE_PIXELS = None  # decode() has a lower limit, and doesn't warn
 
 
 def decode(path: str, formats: tuple[str, ...] = TRAINING_FORMATS) -> tuple[np.ndarray, bool]:
-    """Decode the first frame of an image file.
-
-    Args:
-        path: a regular file of at most MAX_PIXELS pixels.
-        formats: Pillow's names of the formats that the file may have. Pillow knows others that start programs.
-
-    Returns:
-        The image as uint8, 32 x 32 x 3, RGB, upright by its EXIF data, on white where it is transparent; and whether it was
-        resized.
-    """
+    """Decode the first frame of a regular file of at most MAX_PIXELS pixels. `formats` are Pillow's names of the formats that
+    it may have; others of Pillow's can start programs. Returns the image, uint8 32 x 32 x 3, RGB, upright by its EXIF data, on
+    white where it is transparent; and whether it was resized."""
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):  # opening a pipe would wait for its writer
             raise _unusable(f"{path} is not a regular file")
@@ -109,11 +102,8 @@ def _decode_chunk(paths: list[str]) -> _Chunk:
 
 
 def decode_all(paths: list[str]) -> np.ndarray:
-    """Decode PNG and JPEG files, in several processes where there are enough of them.
-
-    Returns:
-        uint8, N x 32 x 32 x 3. An error names up to ten of the files that can't be read.
-    """
+    """Decode PNG and JPEG files to uint8, N x 32 x 32 x 3, in several processes where there are many. An error names up to ten
+    of the files that can't be read."""
     chunks = [paths[start:start + CHUNK_FILES] for start in range(0, len(paths), CHUNK_FILES)]
     with tqdm(total=len(paths), desc="decoding", unit="image", disable=None, leave=False) as bar:
         if len(paths) < SINGLE_PROCESS_FILES:
@@ -133,7 +123,7 @@ def decode_all(paths: list[str]) -> np.ndarray:
         count = f"{len(errors)} of {len(paths)} files can't be used: " if len(errors) > 1 else ""
         more = f"; and {len(errors) - LISTED_ERRORS} more" if len(errors) > LISTED_ERRORS else ""
         raise UserError(count + "; ".join(errors[:LISTED_ERRORS]) + more + REMEDY)
-    tell_resized(sum(chunk.resized for chunk in done), len(paths))
+    report_resized(sum(chunk.resized for chunk in done), len(paths))
     return np.concatenate([chunk.images for chunk in done])
 
 
@@ -145,7 +135,7 @@ def _collect(chunks: Iterable[_Chunk], bar: tqdm) -> list[_Chunk]:
     return done
 
 
-def tell_resized(resized: int, images: int) -> None:
+def report_resized(resized: int, images: int) -> None:
     """Print one line on stderr where images were resized."""
     if resized:
         print(f"{resized:,} of {images:,} images had another size and were resized to {SIDE}x{SIDE}", file=sys.stderr)

@@ -9,7 +9,7 @@ DAY = 24 * 60 * 60  # seconds
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Remove the files and folders `folder`/`pattern` that nothing was written to for a day: who writes one takes minutes."""
+    """Remove the files and folders `folder`/`pattern` that were not written to for a day. Writing one takes minutes."""
     with suppress(OSError):
         for path in list(folder.glob(pattern)):
             with suppress(OSError):
@@ -23,4 +23,4 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 def _last_written(path: Path) -> float:
     inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
-    return max(each.lstat().st_mtime for each in (path, *inside))
+    return max(item.lstat().st_mtime for item in (path, *inside))

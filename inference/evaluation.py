@@ -41,11 +41,7 @@ def evaluate_predictions(logits: Tensor, labels: Tensor) -> Evaluation:
 def expected_calibration_error(probabilities: Tensor, labels: Tensor) -> float:
     """The expected calibration error, as a fraction (Guo et al. 2017, "On calibration of modern neural networks",
     arXiv:1706.04599): the mean over all images of |accuracy - confidence| in the image's bin, of 15 bins of equal width.
-
-    Args:
-        probabilities: float, N x classes.
-        labels: int64, N.
-    """
+    `probabilities`: float, N x classes; `labels`: int64, N."""
     confidence, predicted = probabilities.double().max(1)
     bins = (confidence * BINS).ceil().long().clamp(1, BINS) - 1  # a bin includes its upper end, as in the paper
     gaps = torch.zeros(BINS, dtype=torch.float64, device=labels.device)

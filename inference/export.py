@@ -42,16 +42,9 @@ def check_packages(to: str) -> None:
 
 def export_network(to: str, classifier: Classifier, class_names: Sequence[str], train: Split, test: Split,
                    logits: Tensor) -> tuple[bytes, str]:
-    """Export a network, load the file back, and compare it with the network on the test images.
-
-    Args:
-        to: a key of EXPORT_SUFFIXES.
-        train: int8 is calibrated on some of these images.
-        logits: those of the network for the test images, float32 N x classes, on the CPU.
-
-    Returns:
-        The file's content, and a line on how near it comes to the network.
-    """
+    """Export a network, load the file back, and compare it with the network on the test images. `to` is a key of
+    EXPORT_SUFFIXES; int8 is calibrated on some of `train`; `logits` are the network's for `test`, float32 N x classes, on the
+    CPU. Returns the file's content, and a line with the comparison."""
     with _as_export_errors(to), quiet():
         folded = fold(classifier)
         data = as_torch(folded, class_names) if to == "torch" else as_onnx(folded, class_names)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from batches.making import Policies, make_policies, resolve_batches
+from batches.making import Batches, Policies, make_batches, make_policies, resolve_batches
 from config import SETTINGS, Config, UserError, available_cores
 from images.dataset import Images
 from images.loading import load_images
@@ -30,14 +30,14 @@ class Trained:
     config: Config
     device: torch.device
 
+    def make_batches(self) -> Batches:
+        """Make the batches of the run."""
+        return make_batches(self.config, self.images, self.policies, self.device)
+
 
 def load_trained(arguments: Namespace) -> Trained:
-    """Load the run that the command line names.
-
-    Args:
-        arguments: run (str or None: the newest finished run), log_dir, device, model (the path of a model.py, or None), and
-            data_dir (None: where the run had its images).
-    """
+    """Load the run that the command line names. `arguments` has run (None: the newest finished run), log_dir, device, model (a
+    model.py, or None) and data_dir (None: where the run had its images)."""
     device = find_device(arguments.device)
     weights = read_weights(find_weights(Path(arguments.log_dir), arguments.run))
     net = build_trained_net(weights, arguments.model)  # before any image is downloaded
@@ -65,4 +65,4 @@ def _restore_config(weights: Weights, arguments: Namespace) -> Config:
         return Config(**(known | here))
     except UserError as error:
         raise UserError(f"{weights.path} was made by another version of this program ({error}): use it with that one, or train "
-                        "anew") from error
+                        "again") from error

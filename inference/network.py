@@ -3,6 +3,7 @@
 import shlex
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,8 +20,8 @@ from training.errors import as_user_errors
 MODULE_NAME = "named_model"  # of a model.py that is not ours
 
 
-def load_net_class(path: Path) -> type[nn.Module]:
-    """Run a model.py and return its `Net`."""
+def load_net_class(path: Path) -> Callable[..., nn.Module]:
+    """Run a model.py and return its `Net`: a class, or a function that chooses one by the settings."""
     module = types.ModuleType(MODULE_NAME)
     module.__file__ = str(path)
     sys.modules[MODULE_NAME] = module  # where dataclasses look for it
@@ -35,18 +36,14 @@ def load_net_class(path: Path) -> type[nn.Module]:
     except (Exception, SystemExit) as error:
         raise UserError(f"--model {path} can't be imported ({type(error).__name__}: {error}): name another file") from error
     net_class = vars(module).get("Net")
-    if not (isinstance(net_class, type) and issubclass(net_class, nn.Module)):
+    if not callable(net_class) or (isinstance(net_class, type) and not issubclass(net_class, nn.Module)):
         raise UserError(f"--model {path} has no class Net that is a torch.nn.Module: name a model.py that has one")
     return net_class
 
 
 def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
-    """Build the network of `weights`, on the CPU, in evaluation mode.
-
-    Args:
-        weights: where they know the identity of their network, the one that is built must have it.
-        model: a model.py whose `Net` to use; None uses ours.
-    """
+    """Build the network of `weights`, on the CPU, in evaluation mode, with the `Net` of the file `model`, or ours where that is
+    None. Raises UserError where `weights` record the identity of another network."""
     net_class = load_net_class(Path(model)) if model is not None else Net
     num_classes = len(weights.class_names)
     try:

@@ -11,13 +11,8 @@ LogitsFunction = Callable[[np.ndarray], np.ndarray]  # uint8 images N x 32 x 32 
 
 
 def make_session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
-    """Make an onnxruntime.InferenceSession.
-
-    Args:
-        model: an ONNX model, or the path of one.
-        threads: 0 uses one for each core.
-        profile: where not empty, measure each node, and write the times to a file whose path begins so.
-    """
+    """Make an onnxruntime.InferenceSession of an ONNX model or of its path. `threads` 0 uses one for each core. Where `profile`
+    is not empty, the time of each node is measured, and written to a file whose path begins so."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError, available_cores
-from images.decoding import decode, tell_resized
+from images.decoding import decode, report_resized
 from images.names import printable
 from inference.classifier import Classifier
 
@@ -55,13 +55,13 @@ def predict_files(files: Sequence[Path], classifier: Classifier, class_names: Se
         for start in range(0, len(files), BATCH_SIZE):
             chunk = files[start:start + BATCH_SIZE]
             decoded = list(pool.map(_decode_or_error, chunk))
-            images = [result[0] for result in decoded if not isinstance(result, UserError)]
-            resized += sum(result[1] for result in decoded if not isinstance(result, UserError))
-            rows = iter(_probabilities(classifier, np.stack(images), device) if images else ())
+            readable = [result for result in decoded if not isinstance(result, UserError)]
+            resized += sum(was_resized for _, was_resized in readable)
+            rows = iter(_probabilities(classifier, np.stack([image for image, _ in readable]), device) if readable else ())
             for path, result in zip(chunk, decoded, strict=True):
                 yield path, result if isinstance(result, UserError) else _ranked(next(rows), class_names)
             bar.update(len(chunk))
-    tell_resized(resized, len(files))
+    report_resized(resized, len(files))
 
 
 def _decode_or_error(path: Path) -> tuple[np.ndarray, bool] | UserError:

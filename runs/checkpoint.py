@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from config import UserError
 from runs.files import TEMPORARY, sync_folder, unwritable, write
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT
-from runs.log import check_rows
-from runs.record import check_record
+from runs.log import Row, check_rows
+from runs.record import Record, check_record
 
 State = dict[str, Any]
 KEYS = {"net", "optimizer", "rows", "record", "places"}  # what every checkpoint has; `best` where images are held out
@@ -24,6 +25,13 @@ DIGEST = hashlib.sha256().digest_size
 
 class CheckpointCorrupt(UserError):
     """A checkpoint that is missing, damaged, or not one of this program."""
+
+
+def make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,
+               places: Mapping[str, str]) -> State:
+    """Return the content of a checkpoint. The tensors are the network's own, not copies."""
+    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "record": record,
+            "places": dict(places)}
 
 
 def pack(state: Mapping[str, Any]) -> bytes:
@@ -57,7 +65,7 @@ def unpack(path: Path) -> State:
     content, digest = data[:-DIGEST], data[-DIGEST:]
     if hashlib.sha256(content).digest() != digest:
         raise CheckpointCorrupt(f"{path.name} is damaged (its checksum is wrong)")
-    try:  # a right checksum is no proof of good will, so only tensors and plain values are loaded
+    try:  # the checksum doesn't protect against a malicious file: load tensors and plain values only
         with warnings.catch_warnings(action="ignore"):  # of foreign content, about which the error says enough
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on foreign content
@@ -74,15 +82,15 @@ def _check_state(state: Any, path: Path) -> None:
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise UserError("a part is missing")
     best, optimizer, places = state.get("best"), state["optimizer"], state["places"]
-    whole = _is_net(state["net"]) and isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
-    whole = whole and all(isinstance(values, dict) and all(value is None or _is_tensor(value) for value in values.values())
+    valid = _is_net(state["net"]) and isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
+    valid = valid and all(isinstance(values, dict) and all(value is None or _is_tensor(value) for value in values.values())
                           for values in optimizer["state"].values())
-    whole = whole and isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
+    valid = valid and isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
     if best is not None:
-        whole = whole and isinstance(best, dict) and type(best.get("epoch")) is int and _is_net(best.get("net"))
-        whole = whole and {name: tensor.shape for name, tensor in best["net"].items()} == {
+        valid = valid and isinstance(best, dict) and type(best.get("epoch")) is int and _is_net(best.get("net"))
+        valid = valid and {name: tensor.shape for name, tensor in best["net"].items()} == {
             name: tensor.shape for name, tensor in state["net"].items()}
-    if not whole:
+    if not valid:
         raise UserError("a part has the wrong type")
     check_rows(state["rows"], path)
     check_record(state["record"], path)
@@ -98,14 +106,14 @@ def _is_tensor(value: Any) -> bool:
 
 
 def read_newest(folder: Path) -> tuple[State, list[str]]:
-    """The newest whole state in a run's folder, and a note that names a damaged newer one."""
+    """The newest valid state in a run's folder, and a note that names a damaged newer one."""
     try:
         return unpack(folder / CHECKPOINT), []
     except CheckpointCorrupt as newest:
         try:
             return unpack(folder / PREVIOUS_CHECKPOINT), [f"{newest}: went on from {PREVIOUS_CHECKPOINT}"]
         except CheckpointCorrupt as previous:
-            raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start it anew") from previous
+            raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start a new run") from previous
 
 
 def read_places(folder: Path) -> dict[str, str]:

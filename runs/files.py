@@ -18,7 +18,7 @@ UNNAMED = ".new-"  # how the names of half-made run folders begin
 
 
 def write(path: Path, data: bytes | str, durable: bool = False) -> None:
-    """Replace the file `path` by `data` atomically: a reader, or a crash, meets the old file or the new one, whole.
+    """Replace the file `path` by `data` atomically: a reader or a crash finds the whole old file or the whole new one.
 
     `durable` waits until the data is on the disk. Where writing fails, the old file stays as it was.
     """

@@ -36,7 +36,7 @@ def run_state(folder: Path) -> RunState:
 
 
 def find_runs(log_dir: Path) -> list[Path]:
-    """The folders in `log_dir`/runs, newest first: by the runs' numbers, which no clock changes."""
+    """The folders in `log_dir`/runs, newest first, by run number, so that a changed clock doesn't matter."""
     runs = log_dir / "runs"
     if not runs.is_dir():
         return []
@@ -87,7 +87,7 @@ def find_unfinished(log_dir: Path, name: str) -> Path:
         raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
     if run_state(folders[0]) is RunState.FINISHED:
         raise UserError(f"run {folders[0].name} is finished: there is nothing to resume")
-    raise UserError(f"{folders[0]} holds no checkpoint: it is no run that could be resumed")
+    raise UserError(f"{folders[0]} has no checkpoint, so it can't be resumed")
 
 
 def refuse_run_folder(log_dir: Path) -> None:

@@ -12,20 +12,20 @@ JOB = ".job"  # a file in the run's folder
 
 
 def mark_job(folder: Path) -> None:
-    """Note in the folder of a run which job trains it. Without torchrun, nothing."""
+    """Note in the folder of a run which job trains it. Does nothing without torchrun."""
     if job := _job():
         write(folder / JOB, job)
 
 
-def find_job_run(log_dir: Path) -> tuple[RunState, Path] | None:
-    """The run that this job has begun before torchrun restarted it."""
+def find_job_run(log_dir: Path) -> tuple[RunState, Path]:
+    """The run that this job has begun before torchrun restarted it, and its state; FOREIGN where there is none."""
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return None
+        return RunState.FOREIGN, Path()
     for folder in find_runs(log_dir):
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if (folder / JOB).read_text(encoding="utf-8") == _job():
                 return run_state(folder), folder
-    return None
+    return RunState.FOREIGN, Path()
 
 
 def _job() -> str:

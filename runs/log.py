@@ -105,12 +105,12 @@ def read_log(path: Path) -> tuple[list[str], list[Row]]:
     header = cells[0] if cells else []
     known = [name for name in FORMATS if name in header]
     if not header or header != known or any(len(line) != len(header) for line in cells[1:]):
-        raise UserError(f"{path} is no whole log of a run: its table is damaged")
+        raise UserError(f"{path} is not a complete log of a run: its table is damaged")
     try:
         rows = [{name: int(cell) if name == "epoch" else float(cell) for name, cell in zip(header, line, strict=True)}
                 for line in cells[1:]]
     except ValueError as error:
-        raise UserError(f"{path} is no whole log of a run: {error}") from error
+        raise UserError(f"{path} is not a complete log of a run: {error}") from error
     check_rows(rows, path)
     return comment_lines, rows
 

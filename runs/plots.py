@@ -28,15 +28,15 @@ def draw_all(run: Run, images: Images, policy: A.Compose, probabilities: np.ndar
     the receptive fields behind the stages of the network, in pixels.
     """
     names, labels = images.class_names, images.test.labels
-    accuracy(run, run.folder / "accuracy.png")
-    confusion_matrix(labels, probabilities.argmax(1), names, run.folder / "confusion_matrix.png")
-    mistakes(images.test, probabilities, names, run.folder / "mistakes.png")
-    augmentation(images.train, policy, names, run.folder / "augmentation.png")
-    receptive_field(images.test.images[0], stages, run.folder / "receptive_field.png")
+    draw_accuracy(run, run.folder / "accuracy.png")
+    draw_confusion_matrix(labels, probabilities.argmax(1), names, run.folder / "confusion_matrix.png")
+    draw_mistakes(images.test, probabilities, names, run.folder / "mistakes.png")
+    draw_augmentation(images.train, policy, names, run.folder / "augmentation.png")
+    draw_receptive_field(images.test.images[0], stages, run.folder / "receptive_field.png")
     return ["accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png"]
 
 
-def accuracy(run: Run, path: Path) -> None:
+def draw_accuracy(run: Run, path: Path) -> None:
     """Draw accuracy and loss by epoch, and the learning rate below."""
     figure = Figure(figsize=(8, 8), layout="constrained")
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
@@ -71,7 +71,7 @@ def _draw_curves(axes: Axes, run: Run, metric: str) -> None:
     label_line_ends(axes, ends)
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+def draw_confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Draw how many images of each class (rows) were predicted as which (columns), and the accuracy of each class. `labels`
     and `predicted` are int, N."""
     classes = len(class_names)
@@ -126,7 +126,7 @@ def _draw_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
                   color="white" if dark else "black")
 
 
-def mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
+def draw_mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
     """Draw the 36 wrong predictions with the highest probability, float N x classes: the predicted class in orange, the true
     one in blue."""
     predicted, labels = probabilities.argmax(1), test.labels
@@ -145,7 +145,7 @@ def mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str],
     save(figure, path)
 
 
-def augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], path: Path, rows: int = 10,
+def draw_augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], path: Path, rows: int = 10,
                  columns: int = 8) -> None:
     """Draw an image of each of the first `rows` classes, and `columns` images that the policy makes of it, before they are
     normalized."""
@@ -185,7 +185,7 @@ def _tile(axes: Axes, pictures: Sequence[np.ndarray], columns: int, gaps: tuple[
     return corners
 
 
-def receptive_field(image: np.ndarray, stages: dict[str, int], path: Path) -> None:
+def draw_receptive_field(image: np.ndarray, stages: dict[str, int], path: Path) -> None:
     """Draw over an image, uint8 SIDE x SIDE x 3, the square that a unit in the middle of each stage's map sees. `stages` are
     receptive fields in pixels. The padding around the image is shaded."""
     size, largest = image.shape[0], max(stages.values(), default=0)

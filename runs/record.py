@@ -16,13 +16,13 @@ from runs.log import ACCURACY_LOG, Row, read_log
 
 CONFIG, SUMMARY, MODEL = "config.json", "summary.json", "model.py"  # files in a run's folder
 FINAL, BEST = "final.safetensors", "best.safetensors"
-PATHS = ("data_dir", "log_dir")  # where things lie on one machine is no part of what a run is, and stays out of its records
+PATHS = ("data_dir", "log_dir")  # paths on this machine, left out of a run's records
 PACKAGES = {"torch": "torch", "torchvision": "torchvision", "cv2": "opencv-python-headless", "numpy": "numpy",
             "albumentations": "albumentations"}
 Record = dict[str, Any]  # what config.json holds
 
 SCALAR = (str, int, float, bool)
-SHAPE = {  # the keys and types that every config.json has
+SCHEMA = {  # the keys and types that every config.json has
     "config": {"seed": int, "epochs": int, "validation": int},
     "network": {"parameters": int, "multiply_adds": int, "receptive_field": int | None},
     "dataset": {"kind": str, "class_names": [str], "sha256": str, "train": int, "validation": int, "test": int,
@@ -99,29 +99,29 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The content of a run's summary.json."""
     summary = _read_json(folder / SUMMARY)
     needed = {"epochs", "train_loss", "train_acc", "test_loss", "test_acc", "seconds"}
-    if not needed <= summary.keys() or not all(_is(value, (int, float)) for value in summary.values()):
+    if not needed <= summary.keys() or not all(_matches(value, (int, float)) for value in summary.values()):
         raise UserError(f"{folder / SUMMARY} is damaged: it is no summary of a run")
     return summary
 
 
 def check_record(record: object, path: Path) -> None:
     """Raise UserError unless `record`, read from `path`, is the content of a config.json of this program."""
-    if not _is(record, SHAPE):
-        raise UserError(f"{path} is no config.json of this program, or damaged")
+    if not _matches(record, SCHEMA):
+        raise UserError(f"{path} is damaged, or not a config.json of this program")
     assert isinstance(record, dict)
     keys = [*record["config"], *record["machine"], *record["versions"]]
     scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
-    whole = all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
-    if not whole or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
-        raise UserError(f"{path} is no config.json of this program, or damaged")
+    valid = all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
+    if not valid or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
+        raise UserError(f"{path} is damaged, or not a config.json of this program")
 
 
-def _is(value: object, shape: Any) -> bool:
+def _matches(value: object, shape: Any) -> bool:
     """Whether a JSON value has a shape: a type, several, a list of a shape, or a dict of shapes that may have more keys."""
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and _is(value[key], inner) for key, inner in shape.items())
+        return isinstance(value, dict) and all(key in value and _matches(value[key], inner) for key, inner in shape.items())
     if isinstance(shape, list):
-        return isinstance(value, list) and all(_is(item, shape[0]) for item in value)
+        return isinstance(value, list) and all(_matches(item, shape[0]) for item in value)
     types = shape if isinstance(shape, tuple | UnionType) else (shape,)
     return isinstance(value, types) and (not isinstance(value, bool) or shape is bool)
 

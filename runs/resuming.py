@@ -53,8 +53,8 @@ class Unfinished:
         return record | {"notes": notes, "number": before.get("number", 0)}
 
     @contextmanager
-    def as_misfit(self) -> Iterator[None]:
-        """Turn the errors of loading a state that doesn't fit into one that says so."""
+    def as_mismatch_error(self) -> Iterator[None]:
+        """Raise UserError where the state doesn't fit the network."""
         try:
             yield
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -90,12 +90,12 @@ def restore_config(settings: Mapping[str, Any], places: Mapping[str, str], folde
     unknown = known.keys() - SETTINGS.keys()
     if unknown:
         raise UserError(f"run {folder.name} was made by another version of this program, with the settings "
-                        f"{', '.join(sorted(unknown))}: resume it with that one, or start it anew")
+                        f"{', '.join(sorted(unknown))}: resume it with that one, or start a new run")
     try:
         return Config(**known)
     except UserError as error:
         raise UserError(f"run {folder.name} was made by another version of this program ({error}): "
-                        "resume it with that one, or start it anew") from error
+                        "resume it with that one, or start a new run") from error
 
 
 def lock_run(folder: Path) -> IO[bytes]:

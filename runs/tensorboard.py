@@ -23,7 +23,7 @@ def check_tensorboard() -> None:
 
 @contextmanager
 def event_writer(wanted: bool, folder: Path, epoch: int) -> Iterator["SummaryWriter | None"]:
-    """A writer of event files into `folder`, or None. What an earlier writer wrote of `epoch` and later no longer counts."""
+    """A writer of event files into `folder`, or None. Earlier events of `epoch` and later are purged."""
     if not wanted:
         yield None
         return

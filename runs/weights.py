@@ -37,7 +37,7 @@ class Weights:
 
     @property
     def name(self) -> str:
-        """How logs call these weights, wherever they lie: run, file, first digits of the SHA-256."""
+        """The name of these weights in logs, whatever their path: run, file, first digits of the SHA-256."""
         file = "" if self.path.name == FINAL else f"/{self.path.name}"
         return f"{self.path.resolve().parent.name}{file}:{self.digest[:8]}"
 
@@ -62,7 +62,7 @@ class Weights:
             own = self.path.parent / MODEL
             hint = f"use the run's own network with --model {own}" if own.exists() else "undo the edits made since"
             raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
-                            f"({' '.join(str(error).split())[:200]}): {hint}, or train anew") from error
+                            f"({' '.join(str(error).split())[:200]}): {hint}, or train again") from error
 
 
 def find_weights(log_dir: Path, name: str | None) -> Path:
@@ -119,7 +119,7 @@ def read_weights(path: Path) -> Weights:
                        digest)
     except (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
-                        "anew") from error
+                        "again") from error
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

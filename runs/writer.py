@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from config import Config
-from runs.checkpoint import State, pack, write_checkpoint
+from runs.checkpoint import State, make_state, pack, write_checkpoint
 from runs.files import make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
 from runs.jobs import mark_job
@@ -24,7 +24,7 @@ from runs.weights import save_weights
 from training.errors import Diverged
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
-DATE = "%Y-%m-%d_%H-%M-%S"  # how a run's folder is called; its --name follows
+DATE = "%Y-%m-%d_%H-%M-%S"  # the name of a run's folder; its --name follows
 MODEL_SOURCE = Path(__file__).parents[1] / "model.py"
 
 
@@ -64,7 +64,7 @@ class RunWriter:
         if "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in self.rows):
             self.best = {"epoch": row["epoch"], "net": copy.deepcopy(self.net.state_dict())}
         self.rows.append(row)
-        self.unsaved = copy.deepcopy(_make_state(self.net, self.optimizer, self.rows, self.record, self.places))
+        self.unsaved = copy.deepcopy(make_state(self.net, self.optimizer, self.rows, self.record, self.places))
         if self.best:
             self.unsaved["best"] = self.best
         if last or time.monotonic() - self.saved_at >= INTERVAL:
@@ -88,7 +88,7 @@ class RunWriter:
     def _rescue(self, error: BaseException) -> None:
         """Write what isn't written yet, and note on `error` what is safe and how to resume."""
         if not self.folder.is_dir():
-            error.add_note("nothing of the run is left; start it anew")
+            error.add_note("nothing of the run is left; start a new run")
             return
         with contextlib.suppress(Exception):  # a full disk, say, of which `error` tells already
             self._write_checkpoint()
@@ -97,7 +97,7 @@ class RunWriter:
         if isinstance(error, Diverged):
             with contextlib.suppress(OSError):
                 (self.folder / DIVERGED).touch()
-            error.add_note(f"{safe} in {self.folder}, but to resume it would only repeat this")
+            error.add_note(f"{safe} in {self.folder}, but resuming would diverge again")
         else:
             usual = Path(Config.log_dir, "runs").resolve() == self.folder.parent.resolve()
             error.add_note(f"{safe}; resume with: python main.py --resume "
@@ -133,17 +133,17 @@ class NoWriter(RunWriter):
         self.folder, self.rows = Path(), []
 
     def start_log(self, network_summary: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def add_notes(self, *notes: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def save_epoch(self, row: Row, last: bool) -> str:
-        """Nothing. Returns an empty line."""
+        """Do nothing. Returns an empty line."""
         return ""
 
     def finish(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -157,18 +157,11 @@ def local_places(config: Config) -> dict[str, str]:
     return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
 
 
-def _make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,
-                places: Mapping[str, str]) -> State:
-    """What a checkpoint holds. The tensors are the network's own."""
-    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "record": record,
-            "places": dict(places)}
-
-
 def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer) -> RunWriter:
     """Make the folder of a new run, with a checkpoint of its beginning, so that it can be resumed from then on."""
     remove_run_leftovers(Path(config.log_dir))
     places = local_places(config)
-    state = _make_state(net, optimizer, [], record, places)
+    state = make_state(net, optimizer, [], record, places)
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
         CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
@@ -179,7 +172,7 @@ def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.M
                optimizer: torch.optim.Optimizer) -> RunWriter:
     """Load the state of an unfinished run into `net` and `optimizer`, and go on with its files."""
     record, state = unfinished.continue_record(record), unfinished.state
-    with unfinished.as_misfit():
+    with unfinished.as_mismatch_error():
         net.load_state_dict(state["net"])
         _load_optimizer_state(optimizer, state["optimizer"]["state"])
     return RunWriter(unfinished.folder, unfinished.lock, record, local_places(config), net, optimizer, state)

@@ -4,7 +4,7 @@ import pytest
 from conftest import at_epoch, figures, one_line, raising, weights_of
 
 from config import Config
-from experiments.differences import settings
+from experiments.differences import effective_settings
 from experiments.sweep import find_matching_run, plan_runs
 from runs.finding import RunState, find_runs
 from runs.record import read_run
@@ -74,7 +74,7 @@ def test_runs_of_two_teachers_are_not_one_group_nor_one_for_a_sweep(run, tmp_pat
     assert run("--epochs", "1", "--width", "3", "--name", "wide", "--seed", "6")[0] == 0
     assert find_matching_run(plan_runs([config])[0][0]) is None
     _, _, second = taught("--epochs", "1", "--name", "taught", "--seed", "1")
-    assert settings(read_run(first).record["config"]) != settings(read_run(second).record["config"])
+    assert effective_settings(read_run(first).record["config"]) != effective_settings(read_run(second).record["config"])
 
 
 def test_a_teacher_without_a_share_changes_no_bit(run, taught):

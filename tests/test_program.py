@@ -245,7 +245,7 @@ def test_a_diverging_loss_stops_the_run(run, tmp_path):
     assert status == 2
     assert "the loss became" in one_line(err)
     assert "lower --lr" in err
-    assert "repeat this" in err
+    assert "resuming would diverge again" in err
     assert not (only_run(tmp_path) / "summary.json").exists()
 
 

@@ -19,7 +19,7 @@ from analysis.identity import describe_network
 from benchmarks import readme
 from commands.parser import parse
 from config import RECIPES, Config
-from experiments.differences import settings
+from experiments.differences import effective_settings
 from images.cifar10 import cifar10 as load_cifar10
 from inference.classifier import Classifier
 from inference.export import as_torch, fold, quiet
@@ -220,9 +220,9 @@ def test_the_reference_holds_records_and_weights_only():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
-    runs, wanted = readme.recipe_runs(recipe), settings(vars(Config(**RECIPES[recipe])))
+    runs, wanted = readme.recipe_runs(recipe), effective_settings(vars(Config(**RECIPES[recipe])))
     for run in runs:
-        had = settings(run.record["config"])  # perhaps with a setting that there no longer is
+        had = effective_settings(run.record["config"])  # perhaps with a setting that there no longer is
         assert {name: had[name] for name in wanted} == wanted
         assert run.record["dataset"]["sha256"] == read_run(REFERENCE).record["dataset"]["sha256"]
         assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
@@ -236,7 +236,7 @@ def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committe
     assert teacher == read_weights(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
     for run in readme.recipe_runs("fast-taught"):
         changes = RECIPES["fast"] | readme.WHOLE_CHANGES | {"teacher": teacher}
-        assert settings(run.record["config"]) == settings(vars(Config(**changes)))
+        assert effective_settings(run.record["config"]) == effective_settings(vars(Config(**changes)))
         assert len(run.rows) == run.summary["epochs"] == 20
 
 

@@ -13,9 +13,9 @@ from training.self_check import TOLERANCE, addresses, largest_difference, put_ba
 from training.step import TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
-# Before this release a capture that failed left the allocator believing that it went on (pytorch #180395)
+# Before this release a failed capture left the allocator in capture mode (pytorch #180395)
 FAILURES_END_CLEANLY = (2, 13)
-Recorded = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what runs the step on them
+Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them
 
 
 class CapturedStep:
@@ -28,8 +28,8 @@ class CapturedStep:
         self.metrics, self.device, self.processes = step.metrics, step.device, step.processes
         self.note = ""
         self.first_done = 0.0
-        self.recorded: dict[torch.Size, Recorded] = {}
-        self.record = _graph if step.device.type == "cuda" else _eager_twin
+        self.recordings: dict[torch.Size, Recording] = {}
+        self.capture = _graph if step.device.type == "cuda" else _eager_twin
         # What a recording reads in place of the floats in the optimizer, a rate for each group of parameters
         self.rates = [torch.zeros((), device=step.device) for _ in self.optimizer.param_groups]
         self.rates_now: list[float] = []
@@ -38,14 +38,14 @@ class CapturedStep:
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
-        if self.possible and images.shape not in self.recorded:
+        if self.possible and images.shape not in self.recordings:
             self._prepare(images, labels)
         if not self.possible:
             return self.step(images, labels)
         self._set_rates([group["lr"] for group in self.optimizer.param_groups])
-        images_place, labels_place, replay = self.recorded[images.shape]
-        images_place.copy_(images)
-        labels_place.copy_(labels)
+        static_images, static_labels, replay = self.recordings[images.shape]
+        static_images.copy_(images)
+        static_labels.copy_(labels)
         replay()
 
     def _prepare(self, images: Tensor, labels: Tensor) -> None:
@@ -55,7 +55,7 @@ class CapturedStep:
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
-                reason = self._record(*inputs) or self._check(*inputs)
+                reason = self._capture(*inputs) or self._check(*inputs)
         finally:
             with torch.no_grad():
                 put_back(step_state(self.step), before)
@@ -63,21 +63,21 @@ class CapturedStep:
         self.note = f"captured; a replay and an eager step differ by at most {100 * self.difference:.2g} % of a tensor's change"
         if reason:
             self.possible, self.note = False, f"not captured: {reason}"
-            self.recorded.clear()
+            self.recordings.clear()
             tqdm.write(f"Steps are not captured: {reason}.")
 
-    def _record(self, images: Tensor, labels: Tensor) -> str:
+    def _capture(self, images: Tensor, labels: Tensor) -> str:
         """Record a step on these tensors. Returns why that failed, or ""."""
         places = addresses(step_state(self.step))
         self._set_rates([group["lr"] for group in self.optimizer.param_groups])
         try:
             _warm_up(lambda: self._step(images, labels), 1, self.device)  # with learning rates that lie on the device
-            self.recorded[images.shape] = (images, labels, self.record(lambda: self._step(images, labels)))
+            self.recordings[images.shape] = (images, labels, self.capture(lambda: self._step(images, labels)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
-            return f"recording one failed ({cause.splitlines()[0]})"
+            return f"the capture failed ({cause.splitlines()[0]})"
         moved = [name for name, place in addresses(step_state(self.step)).items() if places.get(name) != place]
         return f"a step replaces {moved[0]} instead of changing it in place" if moved else ""
 
@@ -90,7 +90,7 @@ class CapturedStep:
         images.copy_(images.flip(-1))
         labels.copy_(labels.roll(1))
         ends = []
-        for run in (self.recorded[images.shape][2], lambda: self.step(images, labels)):
+        for run in (self.recordings[images.shape][2], lambda: self.step(images, labels)):
             put_back(state, start)
             self._set_rates([rate / 4 for rate in floats])
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), torch.enable_grad():
@@ -169,7 +169,7 @@ def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> Non
         with torch.cuda.stream(stream):
             for _ in range(times):
                 run()
-    finally:  # whoever puts things back has to come after what has been launched
+    finally:  # restoring the state must wait for what was launched
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
@@ -179,7 +179,7 @@ def _graph(run: Callable[[], object]) -> Callable[[], object]:
     try:
         with torch.cuda.graph(graph):
             run()
-    except RuntimeError:  # a capture that fails leaves its stream current, and the generator in its hands
+    except RuntimeError:  # a failed capture leaves its stream current and the generator in capture mode
         torch.cuda.set_stream(stream)
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())

@@ -24,17 +24,19 @@ class FastDilatedConv2d(nn.Conv2d):
         filled = F.pad(maps.permute(0, 2, 3, 1), (0, 0, 0, across * step - width, 0, down * step - height))
         phases = filled.reshape(number, down, step, across, step, channels)
         spaced = F.pad(phases.permute(0, 2, 1, 4, 3, 5), (0, 0, 0, 1, 0, 0, 0, 1))
-        found = F.conv2d(spaced.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=1,
+        output = F.conv2d(spaced.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=1,
                          groups=self.groups)
-        phases = found.permute(0, 2, 3, 1).reshape(*spaced.shape[:-1], -1)[:, :, :-1, :, :-1]
+        phases = output.permute(0, 2, 3, 1).reshape(*spaced.shape[:-1], -1)[:, :, :-1, :, :-1]
         whole = phases.permute(0, 2, 1, 4, 3, 5).reshape(number, down * step, across * step, -1)
         return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2)
 
 
 def use_fast_dilated_convs(net: nn.Module, device: torch.device) -> None:
     """Replace the dilated depthwise convolutions of `net` by FastDilatedConv2d on a CPU, where that is faster."""
+    if device.type != "cpu":
+        return
     for layer in net.modules():
-        if device.type == "cpu" and type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
+        if type(layer) is nn.Conv2d and _is_dilated_depthwise(layer):
             layer.__class__ = FastDilatedConv2d
 
 

@@ -1,4 +1,4 @@
-"""One run by several processes, as torchrun starts them: what each does, and what they tell each other."""
+"""Distributed training: the processes that torchrun starts for one run, and what they exchange."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ from images.dataset import Images
 from training.errors import STOP_SIGNALS, StopRequested, as_user_errors
 
 TIMEOUT = timedelta(hours=2)  # for an answer of the others: one of them may be decoding a large folder
-CAUSE = "cause"  # the key under which a process leaves what went wrong for the first one, which prints
+CAUSE = "cause"  # key in the store for the error of another process, which the first one prints
 T = TypeVar("T")
 
 
@@ -30,12 +30,12 @@ class ProcessLost(UserError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train one run, seen from one of them. By default there is no other."""
+    """This process among those that train one run; by default the only one."""
 
     rank: int = 0
-    size: int = 1  # of them all
+    size: int = 1  # number of processes
     local_rank: int = 0
-    local_size: int = 1  # of those on this machine
+    local_size: int = 1  # number of processes on this machine
     store: "dist.Store | None" = None
 
     @property
@@ -44,11 +44,11 @@ class Processes:
         return self.rank == 0
 
     def describe(self) -> dict[str, int]:
-        """What config.json says of them: their number, where there are several."""
+        """Return the entry for config.json: the number of processes, if there are several."""
         return {"processes": self.size} if self.size > 1 else {}
 
     def device_name(self, name: str) -> str:
-        """Config's name of the device that this process trains on, where the run's is `name`."""
+        """Return the name of the device of this process; `name` is Config's."""
         if self.size == 1 or name == "cpu" or not torch.cuda.is_available():
             return name
         if ":" in name:
@@ -70,11 +70,11 @@ class Processes:
             dist.all_reduce(sums)
         return sums.tolist()
 
-    def decide(self, decision: Callable[[], T]) -> T:
-        """What `decision` returns in the first process, in all of them."""
+    def broadcast(self, compute: Callable[[], T]) -> T:
+        """Call `compute` in the first process, and return its result in all of them."""
         if self.size == 1:
-            return decision()
-        box = [decision() if self.is_first else None]
+            return compute()
+        box = [compute() if self.is_first else None]
         with _as_process_lost(self.store):
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
@@ -95,33 +95,33 @@ class Processes:
                 parameter.grad = torch.empty_like(parameter)
             parameter.grad.copy_(mean.view_as(parameter))
 
-    def share_buffers(self, net: nn.Module) -> None:
+    def broadcast_buffers(self, net: nn.Module) -> None:
         """Broadcast BatchNorm's running statistics from the first process. Evaluation and checkpoints use them."""
-        self._share(dict(net.named_buffers()))
+        self._broadcast(dict(net.named_buffers()))
 
-    def share_state(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give all processes the network and the state of the optimizer of the first one."""
+    def broadcast_state(self, net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Broadcast the network and the optimizer's state from the first process."""
         if self.size > 1:
-            self._share(net.state_dict())
-            state = self.decide(lambda: _bytes(optimizer.state_dict()))
+            self._broadcast(net.state_dict())
+            state = self.broadcast(lambda: _bytes(optimizer.state_dict()))
             if not self.is_first:
                 optimizer.load_state_dict(torch.load(io.BytesIO(state), map_location="cpu"))
 
-    def _share(self, tensors: dict[str, Tensor]) -> None:
+    def _broadcast(self, tensors: dict[str, Tensor]) -> None:
         if self.size > 1 and tensors:
-            saved = self.decide(lambda: _bytes(tensors))
+            saved = self.broadcast(lambda: _bytes(tensors))
             if not self.is_first:
                 with torch.no_grad():
                     for name, tensor in torch.load(io.BytesIO(saved), map_location="cpu").items():
                         tensors[name].copy_(tensor)
 
     def load_images(self, load: Callable[[str, str], Images], config: Config) -> Images:
-        """`load` the images of the config, one process of a machine before its others, which find what it has downloaded or
-        decoded. The first process decides what "auto" is."""
+        """Load the config's images with `load`, in one process of each machine first, so that the others find them downloaded
+        or decoded. The first process resolves "auto"."""
         if self.size == 1:
             return load(config.dataset, config.data_dir)
         images = load(config.dataset, config.data_dir) if self.is_first else None
-        kind = self.decide(lambda: images.kind if images else "")
+        kind = self.broadcast(lambda: images.kind if images else "")
         for turn in (self.local_rank == 0, self.local_rank > 0):
             if turn and images is None:
                 with contextlib.redirect_stderr(io.StringIO()):  # the first process has told what there is to tell
@@ -129,7 +129,7 @@ class Processes:
             self.sum()  # wait for the others
         assert images is not None
         fingerprint = images.fingerprint
-        if self.decide(lambda: fingerprint) != fingerprint:
+        if self.broadcast(lambda: fingerprint) != fingerprint:
             raise UserError(f"the images in {config.data_dir} are not those of the first process: all machines need the same")
         return images
 
@@ -139,8 +139,8 @@ ALONE = Processes()
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes of this run: those that torchrun has started, or this one alone. Only the first one prints; another leaves
-    it to the first to tell what went wrong."""
+    """The processes of this run: those that torchrun has started, or this one alone. Only the first process
+    prints; the others pass their errors to it."""
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if size == 1:
         yield ALONE
@@ -179,7 +179,7 @@ def synchronize_norms(net: nn.Module, processes: Processes, device: torch.device
     return net
 
 
-def whole_sizes(count: int, batch_size: int) -> Iterator[int]:
+def batch_sizes(count: int, batch_size: int) -> Iterator[int]:
     """The sizes of the batches of `count` images."""
     return (min(batch_size, count - start) for start in range(0, count, batch_size))
 

@@ -1,4 +1,4 @@
-"""Train one epoch; evaluate a network once."""
+"""Train one epoch; evaluate a network."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +12,7 @@ from config import UserError
 from images.dataset import SIDE
 from training.capture import Step
 from training.distributed import ALONE, Processes
-from training.machine import cudnn_search, memory_format
+from training.machine import cudnn_benchmark, memory_format
 from training.metrics import Result
 from training.schedule import set_learning_rate
 from training.step import autocast
@@ -25,7 +25,8 @@ def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int],
     """Train on each batch, with the network in training mode. `learning_rate` is given the number of images that this epoch
     has trained on so far. Returns the mean loss and the accuracy of the epoch. Raises Diverged when the loss is not finite.
 
-    Where `batches` are this process's parts, `sizes` are those of the whole batches."""
+    `sizes` are those of the whole batches where `batches` are this process's parts of them.
+    """
     step.net.train()
     metrics, shown, trained = step.metrics, time.monotonic(), 0
     metrics.reset()
@@ -42,7 +43,7 @@ def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int],
             latest = metrics.latest()
             if latest is not None:
                 bar.set_postfix_str(f"loss {latest.checked().loss:.4f}, accuracy {latest.accuracy:.2f} %", refresh=False)
-    step.processes.share_buffers(step.net)
+    step.processes.broadcast_buffers(step.net)
     return metrics.result().checked()
 
 
@@ -66,7 +67,7 @@ def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple
     precision, outputs = autocast(device), []
     for images, labels in batches:
         images, labels = _to_device(images, labels, device)
-        with precision, cudnn_search(False):
+        with precision, cudnn_benchmark(False):
             outputs.append((net(images).float(), labels))
     return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
 
@@ -78,7 +79,7 @@ def check_output(net: nn.Module, num_classes: int, device: torch.device, crop_si
     for side in sorted({SIDE, crop_size}, reverse=True):
         images = torch.zeros(2, 3, side, side, device=device).to(memory_format=memory_format(device))
         try:
-            with autocast(device), cudnn_search(False):
+            with autocast(device), cudnn_benchmark(False):
                 output = net.eval()(images)
         except RuntimeError as error:
             if side == SIDE:

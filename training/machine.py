@@ -74,7 +74,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 @contextmanager
-def cudnn_search(wanted: bool) -> Iterator[None]:
+def cudnn_benchmark(wanted: bool) -> Iterator[None]:
     """Disable cudnn.benchmark in the body unless it is `wanted`. For shapes that are rare, timing cuDNN's algorithms takes
     longer than it saves."""
     before = torch.backends.cudnn.benchmark
@@ -96,7 +96,7 @@ def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
 
 def keep_freed_memory() -> None:
     """Have glibc keep large freed blocks for the next step, instead of returning and fetching the pages of every
-    activation anew. Elsewhere, nothing."""
+    activation again. Does nothing on other systems."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -17,7 +17,7 @@ class Result(NamedTuple):
     accuracy: float
 
     def checked(self) -> "Result":
-        """This result. Raises Diverged where its loss is not finite."""
+        """Return this result. Raises Diverged where its loss is not finite."""
         if not math.isfinite(self.loss):
             raise Diverged(f"the loss became {self.loss}: training has diverged, lower --lr")
         return self

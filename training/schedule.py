@@ -17,7 +17,7 @@ def learning_rate(config: Config, epoch: float) -> float:
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def policy_of(config: Config, epoch: int) -> str:
+def policy_name(config: Config, epoch: int) -> str:
     """The name of the policy that augments an epoch's training images."""
     return "uncropped" if epoch >= config.epochs - round(config.uncropped_share * config.epochs) else "train"
 

@@ -34,19 +34,20 @@ def snapshot(state: State) -> State:
 
 
 def put_back(state: State, saved: State) -> None:
-    """Copy `saved` into `state`. What has come since, a momentum of the first step, is set to zero, which means the same."""
+    """Copy `saved` into `state`. A tensor that `saved` lacks, such as the first step's momentum, is set to zero, which is
+    equivalent."""
     for name, tensor in state.items():
         tensor.copy_(saved[name]) if name in saved else tensor.zero_()
 
 
 def addresses(state: State) -> dict[str, int]:
-    """Where each tensor lies in memory."""
+    """Return the memory address of each tensor."""
     return {name: tensor.data_ptr() for name, tensor in state.items()}
 
 
 def largest_difference(start: State, one: State, other: State, images: int) -> tuple[float, str]:
-    """How far the states `one` and `other` are apart, which two steps on that many images made of `start`: the largest
-    difference of a tensor, as a share of its change in `other`, and that tensor's name. Waits for the device once."""
+    """Compare the states `one` and `other` after a step on so many images from `start`. Returns the largest difference of a
+    tensor, as a share of its change in `other`, and that tensor's name. Waits for the device once."""
     differences, changes = _norms(one, other), _norms(other, start)
     figures = torch.stack([differences, changes], dim=1).tolist()
     kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)

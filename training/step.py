@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
-from training.machine import cudnn_search, has_bfloat16
+from training.machine import cudnn_benchmark, has_bfloat16
 from training.metrics import Metrics
 
 
@@ -34,7 +34,7 @@ class TrainStep:
             self.optimizer.step()
             return
         self.full_batch = self.full_batch or len(images)
-        with cudnn_search(len(images) == self.full_batch):  # not for an epoch's short last batch
+        with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
             with self.autocast, counting_batches_together(self.net, self.device):
                 logits = self.net(images)
                 # on CUDA autocast would leave its softmax in bfloat16

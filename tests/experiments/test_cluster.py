@@ -18,7 +18,7 @@ from conftest import REFERENCE, SMALL, one_line, start_program, weights_of
 from commands.parser import parse
 from config import UserError
 from experiments import cluster
-from experiments.cluster import Marker, Result, train_run
+from experiments.cluster import Marker, RunResult, train_run
 from experiments.sweep import Outcome, plan_runs
 from images.loading import load_images
 from runs.finding import RunState, find_runs, run_state
@@ -62,7 +62,7 @@ def by_settings(log_dir: Path) -> dict[tuple, bytes]:
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--on", "mars"], "--on is 'mars', but must be"), (["--cpus-per-run", "2"], "are for --on ray"),
     (["--on", "ray", "--cpus-per-run", "0"], "--cpus-per-run is 0"), (["--on", "ray", "--gpus-per-run", "1.5"], "a fraction"),
-    (["--on", "ray", "--cpus-per-run", "2"], "leave one of them out")])
+    (["--on", "ray", "--cpus-per-run", "2"], "so leave one out")])
 def test_what_a_cluster_cannot_be_asked_is_refused(line, arguments, words):
     with pytest.raises(UserError, match=words):
         parse(line("--seeds", "2", *arguments))
@@ -163,7 +163,7 @@ def test_a_worker_that_keeps_dying_is_told(planned):
         exceptions = type("exceptions", (), {"RayError": KeyError})
 
         @staticmethod
-        def get(reference: object) -> Result:
+        def get(reference: object) -> RunResult:
             raise KeyError("the worker died")
 
     assert cluster._collect(Ray, None, planned[0])[0] is Outcome.FAILED

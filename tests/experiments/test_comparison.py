@@ -15,7 +15,7 @@ from made_up_runs import NOISE, compared, group_of, make_finished
 from scipy import stats
 
 from experiments.comparison import SettingGroup, Table, compare_groups, make_tables, read_finished
-from experiments.differences import settings
+from experiments.differences import effective_settings
 from experiments.report import as_csv, as_text
 from runs.files import write
 from runs.finding import find_runs
@@ -92,7 +92,7 @@ def test_a_setting_that_is_gone_counts_where_it_was_in_use(make, tmp_path):
     [table] = compared(tmp_path)
     assert len(group_of(table).runs) == 2
     assert len(group_of(table, warmup="5.0").runs) == 1
-    assert settings({"warmup": 0.0}) == settings({}) != settings({"warmup": 5.0})
+    assert effective_settings({"warmup": 0.0}) == effective_settings({}) != effective_settings({"warmup": 5.0})
 
 
 def test_an_edited_network_is_known_by_its_identity_and_its_figures(make, tmp_path):
@@ -297,7 +297,7 @@ def test_what_is_no_finished_run_is_named_and_left_out(make, tmp_path, command):
     assert (status, err) == (0, "")
     left_out = [line for line in out.splitlines() if line.startswith("left out: ")]
     assert len(left_out) == 6
-    for folder, words in ((damaged, "can't be read"), (unfinished, ": unfinished"), (foreign, "no config.json"),
+    for folder, words in ((damaged, "can't be read"), (unfinished, ": unfinished"), (foreign, "not a config.json"),
                           (diverged, "diverged"), (short, "a finished run of 90 epochs"),
                           (tmp_path / "runs" / "holiday", "no run of this program")):
         assert any(folder.name in line and words in line for line in left_out)

@@ -114,7 +114,7 @@ def test_what_cannot_be_plotted_is_one_line(run, command, tmp_path, pictures):
 
 def test_the_confusion_matrix_counts(tmp_path, saved):
     labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
-    plots.confusion_matrix(labels, predicted, ("cat", "dog", "frog"), tmp_path / "it.png")
+    plots.draw_confusion_matrix(labels, predicted, ("cat", "dog", "frog"), tmp_path / "it.png")
     assert {"66.7", "100.0", "0.0", "all: 66.67 %", "cat", "dog", "frog"} <= words(saved[0])
     left = saved[0].axes[0]
     cells = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in left.texts}
@@ -124,7 +124,7 @@ def test_the_confusion_matrix_counts(tmp_path, saved):
 def test_rare_mistakes_can_be_told_apart_in_the_confusion_matrix(tmp_path, saved):
     """Of a class that is right in 94 % of cases: no, 1 %, 2 % and 3 % mistakes have colours that differ."""
     predicted = np.repeat([0, 1, 2, 3], [94, 1, 2, 3])
-    plots.confusion_matrix(np.zeros(100, dtype=int), predicted, ("a", "b", "c", "d", "e"), tmp_path / "it.png")
+    plots.draw_confusion_matrix(np.zeros(100, dtype=int), predicted, ("a", "b", "c", "d", "e"), tmp_path / "it.png")
     mistaken = saved[0].axes[0].images[0]
     colours = mistaken.to_rgba(mistaken.get_array())[0, 1:, :3]
     assert all(abs(one - other).sum() > 0.3 for one, other in itertools.combinations(colours, 2))
@@ -134,7 +134,7 @@ def test_rare_mistakes_can_be_told_apart_in_the_confusion_matrix(tmp_path, saved
 def test_a_confusion_matrix_of_many_classes_has_no_numbers(classes, numbers, tmp_path, saved):
     labels = np.arange(40 * classes) % classes
     predicted = np.where(np.arange(40 * classes) < classes, 0, labels)
-    plots.confusion_matrix(labels, predicted, [f"class {number}" for number in range(classes)], tmp_path / "it.png")
+    plots.draw_confusion_matrix(labels, predicted, [f"class {number}" for number in range(classes)], tmp_path / "it.png")
     left, right, *scale = saved[0].axes
     assert len(left.texts) == max(numbers - 1, 0)  # a class is never mistaken for the first but by the others
     assert len(right.texts) == (classes if numbers else 0)
@@ -146,7 +146,7 @@ def test_mistakes_are_the_most_confident_wrong_ones(tmp_path, saved):
     test = Split(synthetic().test.images[:50], np.zeros(50, dtype=np.int64))
     probabilities = np.tile([0.6, 0.4], (50, 1))
     probabilities[:40] = [[1 - p, p] for p in np.linspace(0.501, 0.9, 40)]
-    plots.mistakes(test, probabilities, ("cat", "dog"), tmp_path / "it.png")
+    plots.draw_mistakes(test, probabilities, ("cat", "dog"), tmp_path / "it.png")
     drawn = words(saved[0])
     assert {"predicted dog\nwith 90.0 %", "is cat",
             "The 36 wrong predictions made with most confidence, of 40 wrong ones"} <= drawn
@@ -154,13 +154,13 @@ def test_mistakes_are_the_most_confident_wrong_ones(tmp_path, saved):
     assert not any(text.startswith("predicted cat") for text in drawn)
     (picture,) = saved[0].axes[0].images
     assert np.array_equal(picture.get_array()[:32, :32], test.images[39])  # the most confident one comes first
-    plots.mistakes(test, probabilities[:, ::-1] * 0 + [0.9, 0.1], ("cat", "dog"), tmp_path / "none.png")
+    plots.draw_mistakes(test, probabilities[:, ::-1] * 0 + [0.9, 0.1], ("cat", "dog"), tmp_path / "none.png")
     assert "The 0 wrong predictions made with most confidence, of 0 wrong ones" in words(saved[1])
 
 
 def test_augmentation_names_the_classes(tmp_path, saved):
     images, policy, _ = made_up(tuple(f"kind {number}" for number in range(12)))
-    plots.augmentation(images.train, policy, images.class_names, tmp_path / "it.png", columns=4)
+    plots.draw_augmentation(images.train, policy, images.class_names, tmp_path / "it.png", columns=4)
     assert {"original", "kind 0", "kind 9",
             "A training image of 10 of the 12 classes, and 4 augmented copies of it"} <= words(saved[0])
     assert "kind 10" not in words(saved[0])
@@ -183,7 +183,7 @@ def test_curves_show_a_validation_too(tmp_path, saved, run):
 def test_curves_are_labelled_at_their_ends(epochs, tmp_path, saved):
     run = reference_run(tmp_path / "it")
     rows = [row | {"val_acc": row["test_acc"] + 0.01, "val_loss": row["test_loss"]} for row in run.rows[:epochs]]
-    plots.accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
+    plots.draw_accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
     upper, middle, lower = saved[0].axes
     for axes, metric in ((upper, "acc"), (middle, "loss")):
         ends = {text.get_text(): text.xy for text in axes.texts}
@@ -194,7 +194,7 @@ def test_curves_are_labelled_at_their_ends(epochs, tmp_path, saved):
 
 
 def test_receptive_fields_are_drawn_to_size(tmp_path, saved):
-    plots.receptive_field(synthetic().test.images[0], STAGES, tmp_path / "it.png")
+    plots.draw_receptive_field(synthetic().test.images[0], STAGES, tmp_path / "it.png")
     (axes,) = saved[0].axes
     assert {"first: 3 x 3", "last: 79 x 79", "padding"} <= words(saved[0])
     padding, *squares = axes.patches
@@ -209,9 +209,9 @@ def test_receptive_fields_are_drawn_to_size(tmp_path, saved):
 
 def test_receptive_fields_within_the_image_have_no_padding_and_huge_ones_leave_it_large(tmp_path, saved):
     image = synthetic().test.images[0]
-    plots.receptive_field(image, {"first": 3}, tmp_path / "it.png")
+    plots.draw_receptive_field(image, {"first": 3}, tmp_path / "it.png")
     assert "padding" not in words(saved[0])
-    plots.receptive_field(image, {"first": 3, "last": 427}, tmp_path / "it.png")
+    plots.draw_receptive_field(image, {"first": 3, "last": 427}, tmp_path / "it.png")
     assert "last: 427 x 427, beyond the picture" in words(saved[1])
     left, right = saved[1].axes[0].get_xlim()
     assert right - left < 100
@@ -259,8 +259,8 @@ def test_a_full_disk_names_the_picture_and_leaves_the_old_one(tmp_path, monkeypa
 
 def test_the_texts_of_mistakes_and_augmentation_keep_apart(tmp_path, saved):
     images, policy, probabilities = made_up(("an automobile", "a name of more than twenty-four letters", "猫" * 20))
-    plots.mistakes(images.test, probabilities, images.class_names, tmp_path / "it.png")
-    plots.augmentation(images.train, policy, images.class_names, tmp_path / "it.png")
+    plots.draw_mistakes(images.test, probabilities, images.class_names, tmp_path / "it.png")
+    plots.draw_augmentation(images.train, policy, images.class_names, tmp_path / "it.png")
     assert not overlapping(saved[0])
     assert not overlapping(saved[1])
 
@@ -268,5 +268,5 @@ def test_the_texts_of_mistakes_and_augmentation_keep_apart(tmp_path, saved):
 def test_a_diverged_loss_leaves_a_gap(tmp_path, saved):
     run = reference_run(tmp_path / "it")
     rows = [*run.rows[:3], run.rows[3] | {"train_loss": math.nan, "test_loss": math.inf}]
-    plots.accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
+    plots.draw_accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
     assert f"training {rows[2]['train_loss']:.2f}" in words(saved[0])

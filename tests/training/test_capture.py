@@ -63,7 +63,7 @@ def test_a_captured_step_trains_as_an_eager_one(device, batches):
     captured = CapturedStep(inner)
     expected, results = train(plain, batches), train(captured, batches)
     assert captured.possible
-    assert len(captured.recorded) == 2  # the short last batch has its own
+    assert len(captured.recordings) == 2  # the short last batch has its own
     assert captured.note.startswith("captured; a replay and an eager step differ by at most")
     tolerance = 1e-2 if device.type == "cuda" else 1e-5  # bfloat16, and sums in another order
     assert [loss for loss, _ in results] == pytest.approx([loss for loss, _ in expected], rel=tolerance)
@@ -177,12 +177,12 @@ WRONG = [frozen_parameter, frozen_statistics, uncounted_predictions, old_learnin
 def test_a_wrong_recording_is_refused(batches, device, capsys, wrong):
     plain, inner = make_inner_step(device), make_inner_step(device)
     captured = CapturedStep(inner)
-    captured.record = lambda run: wrong(captured, run)
+    captured.capture = lambda run: wrong(captured, run)
     expected, results = train(plain, batches), train(captured, batches)
     out = capsys.readouterr()
     assert (out.out + out.err).count("Steps are not captured: a replay's") == 1
     assert not captured.possible
-    assert not captured.recorded
+    assert not captured.recordings
     assert captured.note.startswith("not captured: a replay's")
     if device.type == "cpu":  # as if nothing had been recorded
         assert expected == results
@@ -229,7 +229,7 @@ def test_the_check_bears_rounding_and_sees_one_frozen_parameter(frozen):
         return keeping(replay, net.get_parameter(frozen).data) if frozen else replay
 
     captured = CapturedStep(step)
-    captured.record = rounded
+    captured.capture = rounded
     captured._prepare(torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last), torch.arange(16) % 10)
     assert captured.possible == (frozen is None), captured.note
     assert 0.02 < captured.difference < 0.4 or frozen
@@ -247,9 +247,9 @@ def test_where_recording_fails_eager_steps_run(device, batches, monkeypatch, cap
     captured = CapturedStep(inner)
     expected, results = train(plain, batches), train(captured, batches)
     out = capsys.readouterr()
-    assert (out.out + out.err).count("Steps are not captured: recording one failed (operation not permitted") == 1
+    assert (out.out + out.err).count("Steps are not captured: the capture failed (operation not permitted") == 1
     assert not captured.possible
-    assert captured.note.startswith("not captured: recording one failed")
+    assert captured.note.startswith("not captured: the capture failed")
     if device.type == "cpu":
         assert expected == results
         assert all(torch.equal(one, other) for one, other in zip(everything(plain), everything(inner), strict=True))

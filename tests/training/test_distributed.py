@@ -23,7 +23,7 @@ from config import Config, UserError
 from images.synthetic import draw, synthetic
 from runs.finding import RunState, find_runs, run_state
 from runs.record import read_run
-from training.distributed import ALONE, Processes, join_processes, synchronize_norms, whole_sizes
+from training.distributed import ALONE, Processes, batch_sizes, join_processes, synchronize_norms
 from training.epoch import evaluate, train_epoch
 from training.machine import seed_torch
 from training.step import TrainStep
@@ -140,7 +140,7 @@ def test_the_batches_of_all_processes_put_together_are_those_of_one(size, batche
 
 
 def test_the_sizes_of_the_whole_batches():
-    assert list(whole_sizes(80, 32)) == [32, 32, 16]
+    assert list(batch_sizes(80, 32)) == [32, 32, 16]
 
 
 # ---------------------------------------------------------------- one step, one epoch, one test
@@ -167,7 +167,7 @@ def one_epoch(processes: Processes, norm: bool = False) -> dict:
     step, seen, gradients = TrainStep(net, optimizer, CPU, 0.1, processes=processes), [], []
     optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in net.parameters()]))
     with tqdm(disable=True) as bar:
-        result = train_epoch(step, stream(processes), lambda images: seen.append(images) or 0.1, bar, whole_sizes(21, 10))
+        result = train_epoch(step, stream(processes), lambda images: seen.append(images) or 0.1, bar, batch_sizes(21, 10))
     tested = evaluate(net, stream(processes), CPU, processes)
     return {"gradients": gradients, "net": net.state_dict(), "result": tuple(result), "tested": tuple(tested), "seen": seen}
 

@@ -31,7 +31,7 @@ MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 @pytest.fixture(autouse=True)
 def no_graphs(monkeypatch):
-    """A recorded step runs as its eager twin."""
+    """A recordings step runs as its eager twin."""
     monkeypatch.setattr(capture, "_graph", capture._eager_twin)
     monkeypatch.setattr(capture, "_warm_up", lambda run, times, device: [run() for _ in range(times)])
 
@@ -74,7 +74,7 @@ def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distil
     assert launches.kernels["cudnn_batch_norm"] == 0
     if captured == "on":
         assert step.possible, step.note
-        assert len(step.recorded) == 2
+        assert len(step.recordings) == 2
 
 
 def test_small_crops_and_whole_images_are_captured_each():
@@ -84,7 +84,7 @@ def test_small_crops_and_whole_images_are_captured_each():
         run_epoch(step, fake_batches(config))
         run_epoch(step, fake_batches(Config(batches="device")), epoch=1)
     assert step.possible, step.note
-    assert {tuple(shape) for shape in step.recorded} == {(count, 3, side, side) for count in (128, 80) for side in (24, 32)}
+    assert {tuple(shape) for shape in step.recordings} == {(count, 3, side, side) for count in (128, 80) for side in (24, 32)}
     assert launches.waits == []
 
 

@@ -144,7 +144,7 @@ def test_epochs_on_a_gpu_wait_for_nothing_and_stay_within_2_gb(capture):
     torch.cuda.reset_peak_memory_stats()
     step, batches = gpu_step(capture), device_batches()
     with tqdm(disable=True) as bar:
-        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)  # kernels are chosen, graphs recorded
+        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)  # kernels are chosen, graphs recordings
         evaluate(step.net, batches.in_order("test"), CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -157,7 +157,7 @@ def test_epochs_on_a_gpu_wait_for_nothing_and_stay_within_2_gb(capture):
     assert step.metrics.sums.isfinite().all()
     if capture == "on":
         assert step.possible, step.note
-        assert len(step.recorded) == 2  # two pools of memory
+        assert len(step.recordings) == 2  # two pools of memory
         assert step.note.startswith("captured; ")
     assert torch.cuda.max_memory_reserved() < 2e9  # with the graphs' pools, cuDNN's workspaces and the kept test images
 

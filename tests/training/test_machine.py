@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from config import Config
 from training import machine
-from training.machine import cudnn_search, find_device, instruction_set, memory_format, seed_torch, set_determinism
+from training.machine import cudnn_benchmark, find_device, instruction_set, memory_format, seed_torch, set_determinism
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -73,12 +73,12 @@ def test_determinism_is_set_before_cuda_starts(monkeypatch, settings, wanted):
 
 def test_rare_batch_sizes_are_not_searched_for(settings):
     settings.benchmark = True
-    with cudnn_search(False):
+    with cudnn_benchmark(False):
         assert not settings.benchmark
-    with cudnn_search(True):
+    with cudnn_benchmark(True):
         assert settings.benchmark
     settings.benchmark = False  # with --deterministic never
-    with cudnn_search(True):
+    with cudnn_benchmark(True):
         assert not settings.benchmark
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from config import Config
 from training.epoch import train_epoch
-from training.schedule import learning_rate, policy_of
+from training.schedule import learning_rate, policy_name
 from training.step import TrainStep
 
 CPU = torch.device("cpu")
@@ -37,8 +37,8 @@ def test_the_rates_are_those_of_cosine_annealing_stepped_per_epoch():
     (10, 0.2, [8, 9]), (10, 0.0, []), (3, 1.0, [0, 1, 2]), (3, 0.2, [2]), (2, 0.2, [])])
 def test_the_last_epochs_are_not_cropped(epochs, share, uncropped):
     config = Config(epochs=epochs, uncropped_share=share)
-    assert [epoch for epoch in range(epochs) if policy_of(config, epoch) == "uncropped"] == uncropped
-    assert {policy_of(config, epoch) for epoch in range(epochs)} <= {"train", "uncropped"}
+    assert [epoch for epoch in range(epochs) if policy_name(config, epoch) == "uncropped"] == uncropped
+    assert {policy_name(config, epoch) for epoch in range(epochs)} <= {"train", "uncropped"}
 
 
 def warm_up_then_cosine(config: Config, epoch: float) -> float:
