@@ -46,8 +46,8 @@ class Config:
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
     affine_p: float = setting(0.5, "probability of a shift, scaling and rotation, border reflected", low=0, high=1)
-    shift: float = setting(0.09375, "largest shift, as a fraction of the image's side, rounded towards zero to whole pixels: 3 "
-                           "of 32 pixels shift by at most 2", low=0, high=1)
+    shift: float = setting(0.09375, "largest shift, as a fraction of the image's side; each shift is rounded towards zero to "
+                           "whole pixels, so a limit of 3 pixels reaches 2", low=0, high=1)
     scale: float = setting(0.1, "largest scaling up or down, as a fraction of the size", low=0, high=0.9)
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
     crop_padding: int = setting(0, "reflection padding before a random crop, pixels", low=0, high=16)

@@ -32,7 +32,7 @@ from batches.making import Batches, make_batches, make_policies, resolve_batches
 from commands.plot import draw_pictures
 from commands.start import STARTED, run_or_exit
 from config import Config, UserError, available_cores, net_settings
-from images.dataset import Images
+from images.dataset import SIDE, Images
 from images.loading import load_images, resolve_dataset
 from images.names import plural, printable
 from model import Net
@@ -66,8 +66,8 @@ RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE, images: Images | None = None,
           teachers: Sequence[Weights] = ()) -> Path:
-    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run;
-    `images` and `teachers` are handed over where there may be no files of them: on a cluster."""
+    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run. A
+    sweep hands over `images`, which its runs share; on a cluster also `teachers`, of which there may be no files."""
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
@@ -90,7 +90,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     seed_torch(config.seed, 0)
     net: nn.Module = Net(len(images.class_names), **net_settings(vars(config)))
     net = net.to(device).to(memory_format=memory_format(device))
-    check_output(net, len(images.class_names), device, config.crop_size)
+    check_output(net, len(images.class_names), device, config.crop_size if config.uncropped_share < 1 else SIDE)
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
     net = synchronize_norms(net, processes, device)
@@ -155,7 +155,7 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
             row = run_epoch(config, images, batches, step, epoch, last)
             if epoch == first and step.device.type == "cuda":
                 writer.add_notes(f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
-            if step.note != noted:  # a batch of a new size is captured separately
+            if step.note != noted:  # the capture of a batch of a new size may have changed it
                 noted = step.note
                 writer.add_notes(noted)
             line = writer.save_epoch(row, last)

@@ -2,13 +2,12 @@
 
     python benchmarks/cluster.py [--runs 8] [--epochs 2] [--repeats 3]
 
-The one run is of width 1, two epochs, and of width 3, one epoch. Each run has one thread. The ways are measured in turn, and
-the whole turn is repeated; the table has the medians of the seconds, and of the ratios within a turn. A sweep is timed as a
-whole command, and from the beginning of its first run to the end of its last one; one run by its last epoch, as its log has it.
-All listen on the loopback interface: the processes of one
-run are started as torchrun starts them, but meet in a file, because torchrun's own store listens on all interfaces. The table
-goes to benchmarks/results/cluster.md. Run it on a machine that does nothing else: other programs on its cores slow the two ways
-down differently.
+The one run is measured at width 1, for two epochs, and at width 3, for one. Each run has one thread. The ways are measured in
+turn, and the whole turn is repeated; the table has the medians of the seconds, and of the ratios within a turn. A sweep is
+timed as a whole command, and from the beginning of its first run to the end of its last one; one run by its last epoch, as its
+log has it. All listen on the loopback interface: the processes of one run are started as torchrun starts them, but meet in a
+file, because torchrun's own store listens on all interfaces. The table goes to benchmarks/results/cluster.md. Run it on a
+machine that does nothing else: other programs on its cores slow the two ways down differently.
 """
 
 import argparse
@@ -44,17 +43,19 @@ runpy.run_path("main.py", run_name="__main__")
 
 def start(command: list[str], **variables: str) -> subprocess.Popen:
     """Start a program in the repository's folder."""
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | LOCAL | variables, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | LOCAL | variables, stdout=subprocess.DEVNULL)
 
 
 def seconds(programs: list[subprocess.Popen]) -> float:
     """Seconds until the programs, just started, have ended."""
     begun = time.perf_counter()
+    while any(program.poll() is None for program in programs) and not any(program.poll() for program in programs):
+        time.sleep(0.01)
     for program in programs:
-        program.communicate()
-        if program.returncode:
+        if program.poll():
             for other in programs:
                 other.kill()
+                other.wait()
             sys.exit(f"{program.args!r} ended with status {program.returncode}")
     return time.perf_counter() - begun
 

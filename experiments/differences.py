@@ -16,12 +16,12 @@ DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 
 
 def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of `config` that have an effect, also of an older version's config. Settings added since then have
-    their defaults; a removed one counts if it was in use."""
+    """Return the settings of `config` that have an effect. It may be an older version's: settings added since then have their
+    defaults; a removed one counts if it was in use."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
     if known["uncropped_share"] == 1 or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
-        idle |= {"crop_padding", "crop_size", "uncropped_share"}
+        known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 

@@ -53,6 +53,8 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
         raise
     except Exception as error:  # a model.py that the user named may raise anything
         raise UserError(f"Net of {model or MODEL} must take num_classes, dropout and width ({error})") from error
+    if not isinstance(net, nn.Module):
+        raise UserError(f"Net of {model or MODEL} must return a torch.nn.Module, and returned {type(net).__name__}")
     if weights.identity and weights.identity != network_identity(net):
         raise UserError(f"{weights.path} holds weights of another network than that of {model or MODEL}: "
                         + _remedy(weights, model))

@@ -146,7 +146,7 @@ def draw_mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[
 
 
 def draw_augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], path: Path, rows: int = 10,
-                 columns: int = 8) -> None:
+                      columns: int = 8) -> None:
     """Draw an image of each of the first `rows` classes, and `columns` images that the policy makes of it, before they are
     normalized."""
     visible = A.Compose([step for step in policy.transforms if not isinstance(step, A.Normalize | ToTensorV2)], seed=0)

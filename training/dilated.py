@@ -25,7 +25,7 @@ class FastDilatedConv2d(nn.Conv2d):
         phases = filled.reshape(number, down, step, across, step, channels)
         spaced = F.pad(phases.permute(0, 2, 1, 4, 3, 5), (0, 0, 0, 1, 0, 0, 0, 1))
         output = F.conv2d(spaced.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2), self.weight, self.bias, padding=1,
-                         groups=self.groups)
+                          groups=self.groups)
         phases = output.permute(0, 2, 3, 1).reshape(*spaced.shape[:-1], -1)[:, :, :-1, :, :-1]
         whole = phases.permute(0, 2, 1, 4, 3, 5).reshape(number, down * step, across * step, -1)
         return whole[:, :height, :width].contiguous().permute(0, 3, 1, 2)

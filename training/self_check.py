@@ -46,8 +46,8 @@ def addresses(state: State) -> dict[str, int]:
 
 
 def largest_difference(start: State, one: State, other: State, images: int) -> tuple[float, str]:
-    """Compare the states `one` and `other` after a step on so many images from `start`. Returns the largest difference of a
-    tensor, as a share of its change in `other`, and that tensor's name. Waits for the device once."""
+    """Compare the states `one` and `other` after a step from `start` on a batch of `images` images. Returns the largest
+    difference of a tensor, as a share of its change in `other`, and that tensor's name. Waits for the device once."""
     differences, changes = _norms(one, other), _norms(other, start)
     figures = torch.stack([differences, changes], dim=1).tolist()
     kinds: dict[str, list[tuple[float, int]]] = defaultdict(list)

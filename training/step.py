@@ -22,7 +22,7 @@ class TrainStep:
         self.net, self.optimizer, self.device = net, optimizer, device
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
-        self.note = ""  # how steps run, for the log; complete after the first epoch
+        self.note = ""  # how steps run, for the log; a batch of a new size may change it
         self.first_done = 0.0  # time.perf_counter() when the first step returned
         self.full_batch = 0  # images of the first batch
 

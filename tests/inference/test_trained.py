@@ -122,6 +122,7 @@ def test_a_network_that_computes_the_same_is_no_other_one(tmp_path):
     ("1 / 0", "can't be imported (ZeroDivisionError"), ("raise SystemExit(3)", "can't be imported (SystemExit"),
     ("raise MemoryError", "out of memory"), ("\0", "can't be imported"),
     ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes, dropout and width"),
+    ("def Net(*_, **__): return 5", "must return a torch.nn.Module, and returned int"),
     (PLAIN.replace(".flatten(1)", ""), "the network returns 2 x 3 x 1 x 1 for 2 images")])
 def test_a_model_that_cannot_be_used_is_one_line(command, tmp_path, text, words):
     path = copy_learned_run(tmp_path) / "final.safetensors"

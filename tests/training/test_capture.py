@@ -322,7 +322,7 @@ def test_steps_are_captured_where_that_is_wanted_and_possible(monkeypatch, capsy
         assert step.note.startswith("not captured") == (device == "cuda" and wanted != "off")
 
 
-def test_the_log_notes_each_size_of_a_batch_that_is_recorded(run, tmp_path, monkeypatch):
+def test_the_log_notes_what_a_later_capture_changes(run, tmp_path, monkeypatch):
     import main
 
     monkeypatch.setattr(main, "make_step", lambda net, optimizer, device, config, *_: CapturedStep(

@@ -144,7 +144,7 @@ def test_epochs_on_a_gpu_wait_for_nothing_and_stay_within_2_gb(capture):
     torch.cuda.reset_peak_memory_stats()
     step, batches = gpu_step(capture), device_batches()
     with tqdm(disable=True) as bar:
-        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)  # kernels are chosen, graphs recordings
+        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)  # kernels are chosen, graphs recorded
         evaluate(step.net, batches.in_order("test"), CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -165,10 +165,10 @@ def test_epochs_on_a_gpu_wait_for_nothing_and_stay_within_2_gb(capture):
 def test_a_captured_step_that_is_wrong_on_purpose_is_refused(monkeypatch, capsys):
     step, batches = gpu_step("on"), device_batches()
     weight = step.net.input_block[0].weight
-    record = step.record
+    capture = step.capture
 
     def forgetful(run):
-        replay = record(run)
+        replay = capture(run)
 
         def wrong():
             before = weight.detach().clone()
@@ -176,7 +176,7 @@ def test_a_captured_step_that_is_wrong_on_purpose_is_refused(monkeypatch, capsys
             weight.data.copy_(before)
         return wrong
 
-    step.record = forgetful
+    step.capture = forgetful
     batch = next(iter(batches.shuffled("train", 0)))
     step(*batch)
     assert not step.possible
