@@ -129,11 +129,14 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
 
 
 def print_result(folder: Path) -> None:
-    """Print the final accuracies of the run in `folder`, and where it stands beside the reference run."""
+    """Print the final accuracies of the run in `folder`, first the one to choose by, and where it stands beside the reference
+    run."""
     run = read_run(folder)
     final, dataset = run.rows[-1], run.record["dataset"]["sha256"]
-    print(f"\nFinal test accuracy {final['test_acc']:.2f} %, train {final['train_acc']:.2f} %, after "
-          f"{plural(len(run.rows), 'epoch')} in {sum(row['seconds'] for row in run.rows):,.0f} s")
+    accuracies = [f"{name} {final[column]:.2f} %" for name, column in (
+        ("validation", "val_acc"), ("test", "test_acc"), ("train", "train_acc")) if column in final]
+    print(f"\nFinal accuracy: {', '.join(accuracies)}, after {plural(len(run.rows), 'epoch')} in "
+          f"{sum(row['seconds'] for row in run.rows):,.0f} s")
     with suppress(UserError):  # a reference run that is damaged or gone is no reason to end here
         reference = read_run(REFERENCE)
         if reference.record["dataset"]["sha256"] == dataset and reference.rows:

@@ -44,7 +44,7 @@ class RunResult:
 
     outcome: Outcome
     message: str = ""  # why it failed
-    accuracy: float | None = None
+    accuracy: str = ""  # the one to choose by, where it is finished
     folder: str = ""  # its name
     files: dict[str, bytes] = field(default_factory=dict)
 
@@ -107,7 +107,8 @@ def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> RunResult:
         with open(folder / OUTPUT, "a") as file:
             file.write(output.read_text())
     output.unlink()
-    accuracy = read_summary(folder)["test_acc"] if state is RunState.FINISHED else None
+    column, kind = ("val_acc", "validation") if planned.config.validation else ("test_acc", "test")
+    accuracy = f"{read_summary(folder)[column]:.2f} % {kind} accuracy" if state is RunState.FINISHED else ""
     return RunResult(outcome, message, accuracy, folder.name)
 
 
@@ -189,8 +190,7 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
         name = make_run_folder(log_dir, name, files | {CONFIG: as_json(record).encode()}).name
     if result.outcome is Outcome.FAILED:
         return result.outcome, f"failed: {result.message}"
-    accuracy = f"{result.accuracy:.2f} % test accuracy, " if result.accuracy is not None else f"{result.outcome.value}, "
-    return result.outcome, f"{accuracy}{name}"
+    return result.outcome, f"{result.accuracy or result.outcome.value}, {name}"
 
 
 @contextmanager

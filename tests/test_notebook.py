@@ -23,7 +23,7 @@ def test_the_notebook_runs_and_shows_the_pictures(tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7  # the curve, five of the run, the picture
     text = "".join(output.get("text", "") for output in outputs)
-    for words in ("Final test accuracy", "# run: ", "expected calibration error", "with each image also mirrored",
+    for words in ("Final accuracy: test", "# run: ", "expected calibration error", "with each image also mirrored",
                   "settings", "picture.png: "):
         assert words in text
     assert not any(output.get("name") == "stderr" for output in outputs), outputs

@@ -99,9 +99,11 @@ def test_the_learning_rates_of_the_baseline(run, tmp_path, monkeypatch):
 
 
 def test_with_validation_the_test_images_wait_for_the_end(run, tmp_path):
-    assert run("--epochs", "3", "--validation", "9")[0] == 0
+    status, out, _ = run("--epochs", "3", "--validation", "9")
+    assert status == 0
     folder = only_run(tmp_path)
     rows = read_run(folder).rows
+    assert f"Final accuracy: validation {rows[-1]['val_acc']:.2f} %, test {rows[-1]['test_acc']:.2f} %, train " in out
     assert [row["test_acc"] == row["test_acc"] for row in rows] == [False, False, True]
     assert all(0 <= row["val_acc"] <= 100 for row in rows)
     assert (folder / "best.safetensors").exists()

@@ -91,7 +91,11 @@ def test_a_worker_writes_to_the_log_folder_where_it_is_shared(planned):
     assert (result.outcome, result.files) == (Outcome.TRAINED, {})
     assert run_state(folder) is RunState.FINISHED
     assert "test_acc" in (folder / "output.txt").read_text()
-    assert result.accuracy == read_run(folder).summary["test_acc"]
+    assert result.accuracy == f"{read_run(folder).summary['test_acc']:.2f} % test accuracy"
+    [held_out], _ = plan_runs([dataclasses.replace(one.config, validation=6)])
+    judged = train_run(held_out, images, None, marker)
+    run = read_run(Path(one.config.log_dir) / "runs" / judged.folder)
+    assert judged.accuracy == f"{run.summary['val_acc']:.2f} % validation accuracy"
 
 
 def test_a_run_made_elsewhere_comes_back_whole(planned, tmp_path):
