@@ -36,9 +36,11 @@ from training.schedule import policy_name
 ROOT = Path(__file__).parents[1]
 REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
-# What `fast` was before it had small crops: its folder, and its settings. TAUGHT was taught by `strong`
-WHOLE, TAUGHT = "fast-20", "fast-taught"
-WHOLE_CHANGES = {"epochs": 20, "crop_size": 32, "uncropped_share": 0.0}
+# What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
+WHOLE_IMAGES = {"epochs": 20, "crop_size": 32, "uncropped_share": 0.0}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "fast-20": ("`fast` on whole images", "fast", WHOLE_IMAGES),
+    "fast-taught": ("the same, taught by `strong`", "fast", WHOLE_IMAGES | {"teacher": "logs/reference/strong/seed-0"})}
 NEAREST = "ShuffleNetV2 x0.5"  # of the networks with a published accuracy, the one with the fewest multiply-adds
 
 # train and test accuracy of the published run of this network, by epoch
@@ -133,23 +135,19 @@ def latencies() -> dict[str, str]:
 
 def command(recipe: str, changes: dict[str, Any]) -> str:
     """The command that trains a recipe with these changes."""
-    return " ".join([f"python main.py --recipe {recipe}", *(f"{flag(name)} {value}" for name, value in changes.items())])
+    named = "" if recipe == "baseline" else f" --recipe {recipe}"
+    return " ".join([f"python main.py{named}", *(f"{flag(name)} {value}" for name, value in changes.items())])
 
 
 def recipe_table() -> str:
     """The final accuracies of the recipes: mean and standard deviation over seeds."""
     lines = ["| recipe | command | epochs | compute | train % | test % | seeds |", "|---|---|---:|---:|---:|---:|---:|",
              f"| as published | | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
-    whole = RECIPES["fast"] | WHOLE_CHANGES
-    names = {WHOLE: "`fast` on whole images", TAUGHT: "the same, taught by `strong`"}
-    commands = {"baseline": "python main.py", WHOLE: command("fast", WHOLE_CHANGES),
-                TAUGHT: command("fast", WHOLE_CHANGES | {"teacher": "logs/reference/strong/seed-0"})}
-    for recipe, changes in (RECIPES | {WHOLE: whole, TAUGHT: whole | {"teacher": "strong"}}).items():
-        runs, config = recipe_runs(recipe), Config(**changes)
-        mean, std, count = accuracy(recipe)
+    for folder, (label, recipe, changes) in ({recipe: (f"`{recipe}`", recipe, {}) for recipe in RECIPES} | OTHERS).items():
+        runs, config = recipe_runs(folder), Config(**(RECIPES[recipe] | changes))
+        mean, std, count = accuracy(folder)
         train = f"{statistics.fmean(run.rows[-1]['train_acc'] for run in runs):.2f}" if runs else "-"
-        lines.append(f"| {names.get(recipe, f'`{recipe}`')} | `{commands.get(recipe, command(recipe, {}))}` | {config.epochs} "
-                     f"| {compute(config):.2g} | {train} "
+        lines.append(f"| {label} | `{command(recipe, changes)}` | {config.epochs} | {compute(config):.2g} | {train} "
                      f"| {plus_minus(mean, std) if runs else 'not measured yet'} | {count} |")
     return "\n".join(lines)
 
@@ -178,7 +176,7 @@ def picture_points() -> list[Point]:
 
 def comparison() -> str:
     """What `compare` prints of the committed runs."""
-    runs = [run for recipe in ("fast", "strong", WHOLE, TAUGHT) for run in recipe_runs(recipe)]
+    runs = [run for recipe in ("fast", "strong", *OTHERS) for run in recipe_runs(recipe)]
     return "```\n" + as_text(make_tables(runs, read_run(REFERENCE))).strip() + "\n```"
 
 

@@ -26,7 +26,7 @@ from inference.export import as_torch, fold, quiet
 from model import Net
 from runs.log import read_log
 from runs.record import read_run
-from runs.weights import read_weights
+from runs.weights import find_teachers
 
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in readme.documents()}
 CURRENT = [name for name in DOCUMENTS if name != "LEARNINGS.md"]  # whose commands are for this commit
@@ -213,14 +213,18 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    made = [path for path in REFERENCE.iterdir() if path.name not in (*RECIPES, readme.WHOLE, readme.TAUGHT)]
+    made = [path for path in REFERENCE.iterdir() if path.name not in {*RECIPES, *readme.OTHERS}]
     assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
-    runs, wanted = readme.recipe_runs(recipe), effective_settings(vars(Config(**RECIPES[recipe])))
+@pytest.mark.parametrize("folder", [*RECIPES, *readme.OTHERS])
+def test_the_committed_runs_are_whole_runs_of_their_recipe(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    _, recipe, changes = readme.OTHERS.get(folder, ("", folder, {}))
+    config = Config(**(RECIPES[recipe] | changes))
+    teacher = ",".join(weights.name for weights in find_teachers(config))
+    runs, wanted = readme.recipe_runs(folder), effective_settings(vars(config) | {"teacher": teacher})
     for run in runs:
         had = effective_settings(run.record["config"])  # perhaps with a setting that there no longer is
         assert {name: had[name] for name in wanted} == wanted
@@ -229,15 +233,6 @@ def test_a_recipes_committed_runs_are_whole_runs_of_it(recipe):
         assert run.record["network"] == describe_network(Net())
         assert len(run.rows) == run.summary["epochs"] == run.record["config"]["epochs"]
     assert len({run.record["config"]["seed"] for run in runs}) == len(runs)
-
-
-def test_the_taught_runs_differ_from_fast_by_their_teacher_which_is_the_committed_strong():
-    (teacher,) = {run.record["config"]["teacher"] for run in readme.recipe_runs("fast-taught")}
-    assert teacher == read_weights(REFERENCE / "strong" / "seed-0" / "final.safetensors").name
-    for run in readme.recipe_runs("fast-taught"):
-        changes = RECIPES["fast"] | readme.WHOLE_CHANGES | {"teacher": teacher}
-        assert effective_settings(run.record["config"]) == effective_settings(vars(Config(**changes)))
-        assert len(run.rows) == run.summary["epochs"] == 20
 
 
 def test_no_committed_log_holds_an_absolute_path():
