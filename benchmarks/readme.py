@@ -206,9 +206,9 @@ def experiments(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def runs_table(name: str) -> str:
-    """The rows of a comparison that are not the reference, the best first, with what they don't share."""
-    rows = [row for row in experiments(name) if row["differs"] != "-"]
+def runs_table(*names: str) -> str:
+    """The rows of comparisons that are not the reference, the best first, with what they don't share."""
+    rows = [row for name in names for row in experiments(name) if row["differs"] != "-"]
     shared = set.intersection(*(set(row["differs"].split(", ")) for row in rows))
     lines = ["| settings | seeds | train % | validation % |", "|---|---:|---:|---:|"]
     for row in sorted(rows, key=lambda row: -float(row["val_acc"])):
@@ -243,7 +243,7 @@ def tables() -> dict[str, str]:
         "compare": comparison(), "single changes": changes_table("single_changes"),
         "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
         "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
-        "strong changes": changes_table("strong_changes")}
+        "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops")}
 
 
 def documents() -> list[Path]:
