@@ -22,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from images.names import plural
 from runs.log import ACCURACY_LOG, read_log
 from runs.record import MODEL, SUMMARY
 
@@ -121,7 +122,7 @@ def main() -> None:
         return f"| {what} | {spent:.1f} | {gain} |"
 
     rows = ["| what | seconds | times as fast |", "|---|--:|--:|",
-            row(f"{arguments.runs} runs of {arguments.epochs} epochs, one after another", "here"),
+            row(f"{plural(arguments.runs, 'run')} of {plural(arguments.epochs, 'epoch')}, one after another", "here"),
             row("the same on Ray", "ray", "here"),
             row("without start and end, one after another", "runs here"),
             row("without start and end, on Ray", "runs on Ray", "runs here")]
@@ -129,7 +130,7 @@ def main() -> None:
         rows += [row(f"an epoch of one run of width {width}, one process", f"width {width}, one process"),
                  row(f"the same by {PROCESSES} processes", f"width {width}, together", f"width {width}, one process")]
     text = "\n".join(rows) + (
-        f"\n\nMedians of {len(turns)} turns, and the range of the ratios. {os.cpu_count()} CPU cores; the load of the machine "
+        f"\n\nMedians of {plural(len(turns), 'turn')}, and the range of the ratios. {os.cpu_count()} CPU cores; the load of the machine "
         f"before was {load:.1f}. The weights of both sweeps are {'the same bytes' if same else 'NOT THE SAME'}.\n")
     RESULT.write_text(text)
     print(text)
