@@ -130,8 +130,8 @@ def main() -> None:
         rows += [row(f"an epoch of one run of width {width}, one process", f"width {width}, one process"),
                  row(f"the same by {PROCESSES} processes", f"width {width}, together", f"width {width}, one process")]
     text = "\n".join(rows) + (
-        f"\n\nMedians of {plural(len(turns), 'turn')}, and the range of the ratios. {os.cpu_count()} CPU cores; the load of the machine "
-        f"before was {load:.1f}. The weights of both sweeps are {'the same bytes' if same else 'NOT THE SAME'}.\n")
+        f"\n\nMedians of {plural(len(turns), 'turn')}, and the range of the ratios. {os.cpu_count()} CPU cores; the load of "
+        f"the machine before was {load:.1f}. The weights of both sweeps are {'the same bytes' if same else 'NOT THE SAME'}.\n")
     RESULT.write_text(text)
     print(text)
 
