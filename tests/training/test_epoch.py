@@ -150,7 +150,8 @@ def test_a_network_whose_output_is_not_logits_is_named(head, found):
     if found == "2 x 10":
         check_output(net, 10, CPU)
     else:
-        with pytest.raises(UserError, match=f"returns {found} for 2 images of 32 x 32 pixels, but must return 2 x 10, a logit"):
+        with pytest.raises(UserError, match=f"returns {found} for 2 images of 32 x 32 pixels, but must return 2 x 10, "
+                                            "a logit for each class"):
             check_output(net, 10, CPU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
