@@ -90,7 +90,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     seed_torch(config.seed, 0)
     net: nn.Module = Net(len(images.class_names), **net_settings(vars(config)))
     net = net.to(device).to(memory_format=memory_format(device))
-    check_output(net, len(images.class_names), device, config.crop_size if config.uncropped_share < 1 else SIDE)
+    check_output(net, len(images.class_names), device, config.crop_size if policy_name(config, 0) == "train" else SIDE)
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
     net = synchronize_norms(net, processes, device)

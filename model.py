@@ -1,9 +1,8 @@
 """The network: a depthwise-separable CNN for 32x32 images.
 
-It follows MobileNet (Howard et al. 2017, arXiv:1704.04861): each 3x3
-convolution is split into a depthwise one (each channel by itself) and a pointwise one (1x1, across channels).
-It has 155,434 parameters and 7.55 million multiply-adds. Strided convolutions halve the size; the only
-pooling is the global average of the last 4x4 map. Imports torch only.
+It follows MobileNet (Howard et al. 2017, arXiv:1704.04861): each 3x3 convolution is split into a depthwise one (each
+channel by itself) and a pointwise one (1x1, across channels). It has 155,434 parameters and 7.55 million multiply-adds.
+Strided convolutions halve the size; the only pooling is the global average of the last 4x4 map. Imports torch only.
 """
 
 from torch import Tensor, nn

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from images.dataset import SIDE
+
 
 @dataclass(frozen=True)
 class Convolution:
@@ -27,7 +29,6 @@ class Convolution:
     unknown: str = ""
 
 
-SIDE = 32  # pixels: the height and width of an image
 # Layers that leave each pixel where it is, and the receptive field as it was.
 PIXELWISE = (nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU,
              nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh)

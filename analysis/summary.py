@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torchsummary import summary
 
-from analysis.receptive_field import SIDE, Convolution, convolutions
+from analysis.receptive_field import Convolution, convolutions
+from images.dataset import SIDE
 
 
 def torch_summary(net: nn.Module, device: str) -> str:

@@ -21,8 +21,8 @@ BORDERS = (cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101)
 
 
 class Unsupported(ValueError):
-    """A transform that can't run on whole batches. The message is its name, and the parameter
-    where only that is unsupported."""
+    """A transform that can't run on whole batches. The message is its name, and the parameter where only
+    that is unsupported."""
 
 
 # ---------------------------------------------------------------- the transforms

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from config import Config, UserError, available_cores
 from experiments.claims import CLAIMS, claim
+from experiments.comparison import JUDGED_BY, metric_of
 from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
 from images.dataset import Images
 from runs.files import make_run_folder, write
@@ -107,8 +108,8 @@ def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> RunResult:
         with open(folder / OUTPUT, "a") as file:
             file.write(output.read_text())
     output.unlink()
-    column, kind = ("val_acc", "validation") if planned.config.validation else ("test_acc", "test")
-    accuracy = f"{read_summary(folder)[column]:.2f} % {kind} accuracy" if state is RunState.FINISHED else ""
+    metric = metric_of(planned.config.validation)
+    accuracy = f"{read_summary(folder)[metric]:.2f} % {JUDGED_BY[metric]} accuracy" if state is RunState.FINISHED else ""
     return RunResult(outcome, message, accuracy, folder.name)
 
 

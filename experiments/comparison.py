@@ -57,7 +57,7 @@ class SettingGroup:
     @property
     def metric(self) -> str:
         """The accuracy that settings are chosen by."""
-        return _metric(self.runs[0])
+        return metric_of(self.runs[0].record["config"]["validation"])
 
     @property
     def epochs(self) -> int:
@@ -120,16 +120,16 @@ def read_finished(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
     return runs, left_out
 
 
-def _metric(run: Run) -> str:
-    """The accuracy that settings are chosen by: that on the validation images where there are some."""
-    return "val_acc" if run.record["config"]["validation"] else "test_acc"
+def metric_of(validation: int) -> str:
+    """The accuracy that settings are chosen by: that on the validation images where there are so many, else on the test's."""
+    return "val_acc" if validation else "test_acc"
 
 
 def _check(run: Run) -> None:
     """Raise UserError unless the run's files agree with each other."""
     config = run.record["config"]
     if len(run.rows) != config["epochs"] or not all(math.isfinite(run.rows[-1].get(name, math.nan))
-                                                    for name in (_metric(run), "test_acc", "train_acc")):
+                                                    for name in (metric_of(config["validation"]), "test_acc", "train_acc")):
         raise UserError(f"its log is not that of a finished run of {config['epochs']} epochs")
 
 

@@ -92,8 +92,8 @@ class RunWriter:
             return
         with contextlib.suppress(Exception):  # a full disk, say, of which `error` tells already
             self._write_checkpoint()
-        safe = ("no epoch is finished yet", "epoch 0 is safe", f"epochs 0 to {self.saved_epochs - 1} are safe")[
-            min(self.saved_epochs, 2)]
+        last = self.saved_epochs - 1
+        safe = f"epochs 0 to {last} are safe" if last > 0 else "epoch 0 is safe" if last == 0 else "no epoch is finished yet"
         if isinstance(error, Diverged):
             with contextlib.suppress(OSError):
                 (self.folder / DIVERGED).touch()

@@ -139,8 +139,8 @@ ALONE = Processes()
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes of this run: those that torchrun has started, or this one alone. Only the first process
-    prints; the others pass their errors to it."""
+    """The processes of this run: those that torchrun has started, or this one alone. Only the first process prints; the
+    others pass their errors to it."""
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if size == 1:
         yield ALONE
