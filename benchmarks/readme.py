@@ -243,7 +243,8 @@ def tables() -> dict[str, str]:
         "compare": comparison(), "single changes": changes_table("single_changes"),
         "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
         "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
-        "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops")}
+        "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops"),
+        "teacher crops": runs_table("teacher_crops")}
 
 
 def documents() -> list[Path]:
