@@ -121,7 +121,7 @@ def read_finished(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def metric_of(validation: int) -> str:
-    """The accuracy that settings are chosen by: that on the validation images where there are so many, else on the test's."""
+    """The accuracy that settings are chosen by: that on the `validation` images, or on the test images if there are none."""
     return "val_acc" if validation else "test_acc"
 
 
