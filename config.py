@@ -138,6 +138,11 @@ def net_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("dropout", "width")}
 
 
+def uncropped_epochs(settings: Mapping[str, Any]) -> int:
+    """How many of a run's epochs, the last ones, train on whole images, without a crop."""
+    return round(settings["uncropped_share"] * settings["epochs"])
+
+
 def available_cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -9,7 +9,7 @@ from batches.augmentation import test_policy, train_policy, uncropped_policy
 from batches.device_batches import DeviceBatches
 from batches.device_policy import DevicePolicy, Unsupported
 from batches.worker_batches import WorkerBatches
-from config import Config, UserError
+from config import Config, UserError, uncropped_epochs
 from images.dataset import Images
 
 Batches = DeviceBatches | WorkerBatches
@@ -17,11 +17,11 @@ Policies = dict[str, A.Compose]
 
 
 def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> Policies:
-    """The policy of each split, and of training without a crop where there is any. `mean` and `std` are each channel's, as
+    """The policy of each split, and of training without a crop where an epoch has none. `mean` and `std` are each channel's, as
     fractions of 255."""
     normalization = test_policy(mean, std)
     policies = {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
-    return policies | ({"uncropped": uncropped_policy(config, mean, std)} if config.uncropped_share else {})
+    return policies | ({"uncropped": uncropped_policy(config, mean, std)} if uncropped_epochs(vars(config)) else {})
 
 
 def resolve_batches(batches: str, policies: Policies, images: Images, device: torch.device) -> str:

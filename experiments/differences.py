@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from config import MACHINE_SETTINGS, SETTINGS
+from config import MACHINE_SETTINGS, SETTINGS, uncropped_epochs
 from images.dataset import SIDE
 from images.names import printable
 from runs.record import Record
@@ -20,8 +20,11 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     defaults; a removed one counts if it was in use."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
-    if known["uncropped_share"] == 1 or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
+    uncropped = uncropped_epochs(known)
+    if uncropped == known["epochs"] or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
         known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
+    elif not uncropped:  # every image is cropped
+        known["uncropped_share"] = DEFAULTS["uncropped_share"]
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 

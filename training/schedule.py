@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from config import Config
+from config import Config, uncropped_epochs
 
 
 def learning_rate(config: Config, epoch: float) -> float:
@@ -19,7 +19,7 @@ def learning_rate(config: Config, epoch: float) -> float:
 
 def policy_name(config: Config, epoch: int) -> str:
     """The name of the policy that augments an epoch's training images."""
-    return "uncropped" if epoch >= config.epochs - round(config.uncropped_share * config.epochs) else "train"
+    return "uncropped" if epoch >= config.epochs - uncropped_epochs(vars(config)) else "train"
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

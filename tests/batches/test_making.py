@@ -61,7 +61,8 @@ def test_images_with_two_policies_lie_there_once(images, batches):
     data = made if batches == "device" else made.loader.dataset
     assert data.images["uncropped"] is data.images["train"]
     assert data.labels["uncropped"] is data.labels["train"]
-    assert "uncropped" not in make_policies(Config(crop_size=16), *images.statistics)
+    for share in (0.0, 0.001):  # of 80 epochs, none
+        assert "uncropped" not in make_policies(Config(crop_size=16, uncropped_share=share), *images.statistics)
 
 
 def test_batches_are_made_where_the_config_says(images):

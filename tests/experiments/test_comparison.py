@@ -76,14 +76,18 @@ def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
     make(88, teacher="wide:12345678", temperature=4.0)
     for seed, share in enumerate((0.0, 0.2, 1.0), 1):
         make(88, seed, dropout=0.1, uncropped_share=share)  # where no image is cropped
-    make(88, 4, dropout=0.1, uncropped_share=1.0, crop_padding=2, crop_size=24)
+    for seed, share in enumerate((0.999, 1.0), 4):  # of 80 epochs, all
+        make(88, seed, dropout=0.1, uncropped_share=share, crop_padding=2, crop_size=24)
     make(88, uncropped_share=0.2, crop_size=24)
+    for seed, share in enumerate((0.0, 0.001)):  # of 80 epochs, none
+        make(88, seed, uncropped_share=share, crop_size=20)
     [table] = compared(tmp_path)
     assert len(group_of(table, affine_p="0.0").runs) == 2
     group_of(table, coarse_dropout_size="8")
     group_of(table, teacher="wide:12345678")  # and not the temperature, which is the default
-    assert len(group_of(table, dropout="0.1").runs) == 4
+    assert len(group_of(table, dropout="0.1").runs) == 5
     group_of(table, uncropped_share="0.2", crop_size="24")
+    assert len(group_of(table, crop_size="20").runs) == 2
 
 
 def test_a_setting_that_is_gone_counts_where_it_was_in_use(make, tmp_path):
