@@ -54,8 +54,6 @@ class Config:
     crop_size: int = setting(32, "side of the random crop, pixels; 24 costs 56 % of the compute", low=16, high=32)
     uncropped_share: float = setting(0.0, "share of the epochs, the last ones, that train on whole images, without a crop",
                                      low=0, high=1)
-    uncropped_shift: int = setting(0, "largest shift of the whole images of those epochs, border reflected, pixels",
-                                   low=0, high=16)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
     coarse_dropout_size: int = setting(16, "side of the hole, pixels", low=1, high=32)
 

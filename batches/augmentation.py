@@ -35,8 +35,8 @@ def train_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]
 
 
 def uncropped_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
-    """As train_policy, but with whole images, as large as those of a test, shifted by up to `uncropped_shift` pixels."""
-    return train_policy(replace(config, crop_padding=config.uncropped_shift, crop_size=SIDE), mean, std)
+    """As train_policy, without a crop: the images of the last epochs, as large as those of a test."""
+    return train_policy(replace(config, crop_padding=0, crop_size=SIDE), mean, std)
 
 
 def test_policy(mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:

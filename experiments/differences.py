@@ -21,10 +21,10 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
     uncropped = uncropped_epochs(known)
-    if uncropped == known["epochs"]:  # a shift is a crop after padding
-        known |= {"crop_padding": known["uncropped_shift"], "crop_size": SIDE}
-    if uncropped in (0, known["epochs"]) or (known["uncropped_shift"], SIDE) == (known["crop_padding"], known["crop_size"]):
-        known |= {name: DEFAULTS[name] for name in ("uncropped_share", "uncropped_shift")}  # all epochs are alike
+    if uncropped == known["epochs"] or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
+        known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
+    elif not uncropped:  # every image is cropped
+        known["uncropped_share"] = DEFAULTS["uncropped_share"]
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 

@@ -80,11 +80,7 @@ def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
         make(88, seed, dropout=0.1, uncropped_share=share, crop_padding=2, crop_size=24)
     make(88, uncropped_share=0.2, crop_size=24)
     for seed, share in enumerate((0.0, 0.001)):  # of 80 epochs, none
-        make(88, seed, uncropped_share=share, uncropped_shift=3, crop_size=20)
-    make(88, 0, lr=0.1, crop_padding=4)
-    make(88, 1, lr=0.1, uncropped_share=1.0, uncropped_shift=4, crop_size=24)  # a shift is a crop after padding
-    make(88, 2, lr=0.1, uncropped_share=0.5, uncropped_shift=4, crop_padding=4)
-    make(88, lr=0.2, uncropped_share=0.5, uncropped_shift=4)
+        make(88, seed, uncropped_share=share, crop_size=20)
     [table] = compared(tmp_path)
     assert len(group_of(table, affine_p="0.0").runs) == 2
     group_of(table, coarse_dropout_size="8")
@@ -92,8 +88,6 @@ def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
     assert len(group_of(table, dropout="0.1").runs) == 5
     group_of(table, uncropped_share="0.2", crop_size="24")
     assert len(group_of(table, crop_size="20").runs) == 2
-    assert len(group_of(table, lr="0.1", crop_padding="4").runs) == 3
-    group_of(table, lr="0.2", uncropped_share="0.5", uncropped_shift="4")
 
 
 def test_a_setting_that_is_gone_counts_where_it_was_in_use(make, tmp_path):
