@@ -1,5 +1,6 @@
 """Differences between runs in settings and network."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 
 def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of `config` that have an effect. It may be an older version's: settings added since then have their
-    defaults; a removed one counts if it was in use."""
+    defaults; a removed one counts if it was in use. A teacher is known by its weights, whatever its run is called."""
     known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
     uncropped = uncropped_epochs(known)
@@ -25,7 +26,13 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
     elif not uncropped:  # every image is cropped
         known["uncropped_share"] = DEFAULTS["uncropped_share"]
+    known["teacher"] = _digests(known["teacher"])
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
+
+
+def _digests(teacher: str) -> str:
+    """The digests of the weights in a record's `teacher`, RUN:DIGEST,RUN:DIGEST."""
+    return re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", teacher)
 
 
 def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -39,7 +46,10 @@ def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def differences(record: Record, reference: Record) -> dict[str, str]:
     """What differs in the settings and the network of a run from those of the `reference` run, by name."""
     ours, theirs = effective_settings(record["config"]), DEFAULTS | reference["config"]
+    theirs["teacher"] = _digests(theirs["teacher"])
     found = {name: printable(str(value)) for name, value in ours.items() if value != theirs.get(name)}
+    if "teacher" in found:  # people know it by its run
+        found["teacher"] = printable(record["config"]["teacher"])
     classes, their_classes = (len(each["dataset"]["class_names"]) for each in (record, reference))
     resized = "width" in found or classes != their_classes  # which changes a network's figures and its identity
     network, their_network = record["network"], reference["network"]

@@ -90,6 +90,17 @@ def test_settings_without_effect_tell_no_runs_apart(make, tmp_path):
     assert len(group_of(table, crop_size="20").runs) == 2
 
 
+def test_teachers_are_known_by_their_weights(make, tmp_path):
+    for seed, teacher in enumerate(("seed-0:12345678,x:0000000a", "a,b:12345678,c:0000000a")):
+        make(88, seed, teacher=teacher)
+    make(88, teacher="x:12345678")
+    make(88, teacher="x:0000000a,x:12345678")
+    [table] = compared(tmp_path)
+    assert len(group_of(table, teacher="a,b:12345678,c:0000000a").runs) == 2
+    group_of(table, teacher="x:12345678")
+    group_of(table, teacher="x:0000000a,x:12345678")
+
+
 def test_a_setting_that_is_gone_counts_where_it_was_in_use(make, tmp_path):
     make(88, 1, warmup=0.0)
     make(88, 2, warmup=5.0)
