@@ -24,7 +24,7 @@ from analysis.receptive_field import convolutions
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, Config, flag
+from config import RECIPES, SMALL_CROPS, Config, flag
 from experiments.comparison import make_tables
 from experiments.report import as_text
 from experiments.statistics import LEVEL
@@ -39,6 +39,7 @@ PICTURE = RESULTS / "inference.png"
 # What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
 WHOLE_IMAGES = {"epochs": 20, "crop_size": 32, "uncropped_share": 0.0}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "strong-crops": ("`strong` on small crops", "strong", {"epochs": 122} | SMALL_CROPS),
     "fast-20": ("`fast` on whole images", "fast", WHOLE_IMAGES),
     "fast-taught": ("the same, taught by `strong`", "fast", WHOLE_IMAGES | {"teacher": "logs/reference/strong/seed-0"})}
 NEAREST = "ShuffleNetV2 x0.5"  # of the networks with a published accuracy, the one with the fewest multiply-adds
@@ -244,7 +245,7 @@ def tables() -> dict[str, str]:
         "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
         "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
         "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops"),
-        "teacher crops": runs_table("teacher_crops")}
+        "strong crops changes": changes_table("strong_crops_changes"), "teacher crops": runs_table("teacher_crops")}
 
 
 def documents() -> list[Path]:
