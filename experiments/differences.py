@@ -19,7 +19,7 @@ DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of `config` that have an effect. It may be an older version's: settings added since then have their
     defaults; a removed one counts if it was in use. A teacher is known by its weights, whatever its run is called."""
-    known = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
+    known: dict[str, Any] = DEFAULTS | {name: value for name, value in config.items() if name in DEFAULTS or value}
     idle = {name for setting, names in DEPENDENTS.items() if not known[setting] for name in names}
     uncropped = uncropped_epochs(known)
     if uncropped == known["epochs"] or (not known["crop_padding"] and known["crop_size"] == SIDE):  # no image is cropped
