@@ -23,14 +23,13 @@ from analysis.receptive_field import convolutions
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, SMALL_CROPS, Config, flag
+from config import RECIPES, SMALL_CROPS, Config, flag, uncropped_epochs
 from experiments.comparison import make_tables
 from experiments.report import as_text
 from experiments.statistics import LEVEL
 from images.dataset import SIDE
 from model import Net
 from runs.record import CONFIG, Run, read_run
-from training.schedule import policy_name
 
 ROOT = Path(__file__).parents[1]
 REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
@@ -108,8 +107,8 @@ def plus_minus(mean: float, std: float) -> str:
 def compute(config: Config) -> float:
     """Multiply-adds of training, in multiples of the baseline's. They grow with the pixels of an image, and a backward pass
     costs two forward ones. Each teacher was trained for the baseline's, and predicts in every step."""
-    cropped = sum(policy_name(config, epoch) == "train" for epoch in range(config.epochs))
-    images = cropped * (config.crop_size / SIDE) ** 2 + config.epochs - cropped
+    uncropped = uncropped_epochs(vars(config))
+    images = (config.epochs - uncropped) * (config.crop_size / SIDE) ** 2 + uncropped
     share, teachers = images / Config().epochs, sum(1 for name in config.teacher.split(",") if name)
     return share + teachers * (1 + share / 3)
 

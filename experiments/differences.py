@@ -26,13 +26,8 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
     elif not uncropped:  # every image is cropped
         known["uncropped_share"] = DEFAULTS["uncropped_share"]
-    known["teacher"] = _digests(known["teacher"])
+    known["teacher"] = re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", known["teacher"])  # RUN:DIGEST,RUN:DIGEST in a record
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
-
-
-def _digests(teacher: str) -> str:
-    """The digests of the weights in a record's `teacher`, RUN:DIGEST,RUN:DIGEST."""
-    return re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", teacher)
 
 
 def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -45,8 +40,8 @@ def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def differences(record: Record, reference: Record) -> dict[str, str]:
     """What differs in the settings and the network of a run from those of the `reference` run, by name."""
-    ours, theirs = effective_settings(record["config"]), DEFAULTS | reference["config"]
-    theirs["teacher"] = _digests(theirs["teacher"])
+    ours = effective_settings(record["config"])
+    theirs = DEFAULTS | reference["config"] | effective_settings(reference["config"])  # also those without effect there
     found = {name: printable(str(value)) for name, value in ours.items() if value != theirs.get(name)}
     if "teacher" in found:  # people know it by its run
         found["teacher"] = printable(record["config"]["teacher"])

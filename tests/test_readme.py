@@ -285,8 +285,6 @@ def test_the_program_can_still_test_every_committed_network(weights, cifar10, co
     assert status == 0
     accuracy = float(re.search(r"accuracy ([\d.]+) %", out)[1])
     assert accuracy == pytest.approx(read_run(weights.parent).rows[-1]["test_acc"], abs=0.02)
-    if weights.relative_to(REFERENCE).parts[0] in readme.OTHERS:
-        return  # the README tells those of the recipes
     mirrored = float(re.search(r"mirrored: accuracy ([\d.]+) %", out)[1])
     told = re.search("also mirrored at the test, .*?`python", text_of("README.md"), re.DOTALL)[0]
     assert mirrored in [pytest.approx(float(figure), abs=0.02) for figure in re.findall(r"([\d.]+) %", told)]
