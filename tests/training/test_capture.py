@@ -203,13 +203,14 @@ def test_a_step_that_replaces_tensors_is_refused(batches, device):
     assert "replaces momentum_buffer of 0.weight" in captured.note
 
 
-@pytest.mark.parametrize("kind", [
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-    lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-    lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True)])
+@pytest.mark.parametrize("kind", [  # CUDA can't capture an SGD that is not fused, nor an AdamW that is not capturable
+    lambda parameters, cuda: torch.optim.SGD(parameters, lr=0.1, fused=cuda),
+    lambda parameters, cuda: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=cuda),
+    lambda parameters, cuda: torch.optim.AdamW(parameters, lr=0.01, fused=True, capturable=cuda)],
+    ids=["SGD", "SGD with momentum", "AdamW"])
 def test_a_right_recording_passes_whatever_the_optimizer(device, batches, kind):
     step = make_inner_step(device, bias=True)  # whose gradient is nothing but rounding, before a BatchNorm
-    step = TrainStep(step.net, kind(step.net.parameters()), device, 0.0)
+    step = TrainStep(step.net, kind(step.net.parameters(), device.type == "cuda"), device, 0.0)
     captured = CapturedStep(step)
     train(captured, batches, range(1))
     assert captured.possible, captured.note
@@ -283,20 +284,33 @@ def test_memory_that_runs_out_in_a_recording_is_not_taken_for_something_else(dev
         CapturedStep(make_inner_step(device))(*batches[0])
 
 
+def read_from_the_gpu(step: TrainStep) -> None:
+    """The network waits for a figure from the GPU."""
+    step.net[0].register_forward_hook(lambda layer, inputs, output: output * output.sum().item())
+
+
+def use_an_optimizer_that_is_not_fused(step: TrainStep) -> None:
+    """The optimizer reads the learning rate from the GPU."""
+    step.optimizer = torch.optim.SGD(step.net.parameters(), lr=0.1)
+
+
 @pytest.mark.gpu
-def test_a_network_that_reads_from_the_gpu_runs_uncaptured(capsys):
+@pytest.mark.parametrize("spoil", [read_from_the_gpu, use_an_optimizer_that_is_not_fused])
+def test_a_step_that_cuda_cannot_capture_runs_eager(capsys, spoil):
     device = torch.device("cuda")
     step = make_inner_step(device)
-    step.net[0].register_forward_hook(lambda layer, inputs, output: output * output.sum().item())
+    spoil(step)
     captured = CapturedStep(step)
     batch = torch.randn(16, 3, 8, 8, device=device), torch.zeros(16, dtype=torch.long, device=device)
-    for _ in range(3):
-        captured(*batch)
+    captured(*batch)
+    before = step.net[0].weight.clone()
+    captured(*batch)
     assert not captured.possible
+    assert not torch.equal(before, step.net[0].weight)  # it trains
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(4, device=device).isfinite().all()
     out = capsys.readouterr()
-    assert (out.out + out.err).count("Steps are not captured") == 1
+    assert (out.out + out.err).count("Steps are not captured: the capture failed") == 1
 
 
 # ---------------------------------------------------------------- whether to capture

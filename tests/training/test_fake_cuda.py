@@ -97,7 +97,7 @@ def test_the_loss_is_computed_in_float32():
 
 
 def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():
-    config = Config(batches="device")
+    config = Config(batches="device", capture="on")
     with fake_cuda(bfloat16=False), Launches() as launches, mock.patch.object(Metrics, "add") as add:
         step, batches = fake_step(config), fake_batches(config)
         seen = []

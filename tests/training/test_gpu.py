@@ -18,7 +18,7 @@ from model import Net
 from runs.finding import find_runs
 from runs.record import read_run
 from training import machine
-from training.capture import CapturedStep, make_step
+from training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step, torch_version
 from training.epoch import evaluate, train_epoch
 from training.machine import find_device
 from training.metrics import Metrics
@@ -45,7 +45,7 @@ def gpu_step(capture: str):
 
 # ---------------------------------------------------------------- the whole program
 
-@pytest.mark.parametrize("how", [("device", "--capture", "auto"), ("device", "--capture", "off"),
+@pytest.mark.parametrize("how", [("device", "--capture", "on"), ("device", "--capture", "off"),
                                  ("workers", "--capture", "off")])
 def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch, how):
     at_epoch(monkeypatch, 2, raising(KeyboardInterrupt()))
@@ -75,7 +75,7 @@ def test_a_captured_run_learns_as_an_eager_one(run, tmp_path):
     assert captured == pytest.approx(eager, abs=0.2)
 
 
-@pytest.mark.parametrize("capture", ["auto", "off"])
+@pytest.mark.parametrize("capture", ["on", "off"])
 def test_a_deterministic_run_has_the_same_bits_when_killed_and_resumed(tmp_path, pictures, capture):
     """In processes of their own: cuBLAS reads its setting when CUDA starts."""
     def start(log_dir, *arguments, **options):
@@ -193,13 +193,21 @@ def test_the_self_check_finds_captured_steps_equal_but_for_rounding():
     assert step.difference < 0.1
 
 
+def test_auto_captures_where_training_could_go_on_after_a_failed_capture():
+    step = gpu_step("auto")
+    step(*next(iter(device_batches().shuffled("train", 0))))
+    captured = torch_version() >= FAILURES_END_CLEANLY
+    assert isinstance(step, CapturedStep) == captured
+    assert step.note.startswith("captured; " if captured else "not captured: PyTorch"), step.note
+
+
 def test_a_gpu_without_bfloat16_trains_in_contiguous_float32(monkeypatch):
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
     monkeypatch.setattr("training.step.has_bfloat16", lambda device: False)
     net = Net().to(CUDA, memory_format=machine.memory_format(CUDA))
     assert all(parameter.is_contiguous() for parameter in net.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
-    step, batches = make_step(net, optimizer, CUDA, Config(batches="device")), device_batches()
+    step, batches = make_step(net, optimizer, CUDA, Config(capture="on", batches="device")), device_batches()
     kinds = set()
     net.conv_block2.register_forward_hook(lambda layer, inputs, output: kinds.add((output.dtype, output.is_contiguous())))
     with tqdm(disable=True) as bar:
