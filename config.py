@@ -83,6 +83,8 @@ class Config:
     capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, with "
                            "batches made on the device, after a check that the replay computes the same",
                            choices=("auto", "on", "off"))
+    kernels: str = setting("pytorch", "kernels of captured steps: pytorch, or fused: this program's own, where a check at the "
+                           "start finds them right and faster", choices=("pytorch", "fused"))
     deterministic: bool = setting(False, "use deterministic kernels only, so that CUDA gives the same bits in every run")
     instruction_set: str = setting("auto", "CPU instructions to use: auto: all the processor has; avx2: at most AVX2, for the "
                                    "same bits on newer processors", choices=("auto", "avx2"))
@@ -103,6 +105,9 @@ class Config:
             raise UserError(f"--min-lr is {self.min_lr}, but must not exceed --lr, {self.lr}: lower --min-lr")
         if self.nesterov and self.momentum == 0:
             raise UserError("--nesterov is on but --momentum is 0.0: Nesterov momentum must be above 0")
+        if self.deterministic and self.kernels == "fused":
+            raise UserError("--kernels is fused, which timing may choose, but --deterministic asks for the same bits in every "
+                            "run: leave one of them out")
         for name in ("data_dir", "log_dir"):
             if not getattr(self, name):
                 raise UserError(f"{flag(name)} is empty: name a folder")
@@ -118,8 +123,8 @@ class Config:
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
 # Settings that can't vary in a sweep and that `compare` ignores: they don't change results, or only as another seed does.
 # Images are compared by their fingerprint
-MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "deterministic",
-                    "instruction_set", "name", "pictures", "tensorboard")
+MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "kernels",
+                    "deterministic", "instruction_set", "name", "pictures", "tensorboard")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -31,7 +31,7 @@ from benchmarks.program import Program, make_program
 from config import Config, available_cores
 from model import Net
 from runs.log import read_log
-from training.capture import CapturedStep, Step
+from training.capture import CapturedStep, Step, fused_forward
 from training.epoch import evaluate, train_epoch
 from training.machine import describe_device, find_device
 from training.step import TrainStep
@@ -81,14 +81,14 @@ def wait(device: torch.device) -> None:
 # ---------------------------------------------------------------- single steps
 
 def variant_step(device: torch.device, how: str, memory_format: str, dtype: str) -> Step:
-    """A step of the baseline: eager, captured, or captured and compiled."""
+    """A step of the baseline: eager; captured, also with the fused kernels; or captured and compiled."""
     plain = Net().to(device).to(memory_format=MEMORY_FORMATS[memory_format])
     net: nn.Module = torch.compile(plain, dynamic=False) if "compiled" in how else plain  # type: ignore[assignment]
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
     step = TrainStep(net.train(), optimizer, device, 0.0)
     # without loss scaling: this is about speed alone
     step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=False)
-    return step if how == "eager" else CapturedStep(step)
+    return step if how == "eager" else CapturedStep(step, fused_forward(plain, device) if "fused" in how else None)
 
 
 def step_seconds(options: Options, how: str, memory_format: str, dtype: str, batch_size: int) -> str:
@@ -111,7 +111,7 @@ def step_seconds(options: Options, how: str, memory_format: str, dtype: str, bat
             rounds.append((time.perf_counter() - started) / steps)
     except Exception as error:  # a compiler that is missing, memory: the other rows go on
         return f"left out: {type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
-    seconds, note = statistics.median(rounds), step.note if step.note.startswith("not") else ""
+    seconds, note = statistics.median(rounds), step.note if step.note.startswith("not") or "fused" in how else ""
     return f"{1e3 * seconds:9.3f} {batch_size / seconds:12,.0f} {once:9.1f}   {note}".rstrip()
 
 
@@ -125,8 +125,9 @@ def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> l
 
 
 def formats(options: Options) -> list[str]:
-    """Memory formats and dtypes, eager and captured."""
-    return steps_part(options, [(how, *each, 128) for each in product(MEMORY_FORMATS, DTYPES) for how in ("eager", "captured")])
+    """Memory formats and dtypes, eager and captured; and the fused kernels, which Triton compiles before the first step."""
+    ways = [(how, *each, 128) for each in product(MEMORY_FORMATS, DTYPES) for how in ("eager", "captured")]
+    return steps_part(options, [*ways, ("captured, fused", "channels_last", "bfloat16", 128)])
 
 
 def compiled(options: Options) -> list[str]:
@@ -256,7 +257,7 @@ def whole_run(options: Options) -> list[str]:
 
 
 PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {  # the most important first; seconds that each may take
-    "formats": (formats, 70), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 40),
+    "formats": (formats, 100), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 40),
     "start_up": (start_up, 60), "batch_sizes": (batch_sizes, 40), "compiled": (compiled, 120), "others": (others, 150)}
 
 

@@ -1,5 +1,7 @@
 """A training step recorded once as a CUDA graph, then replayed: one launch instead of some hundred."""
 
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -9,22 +11,27 @@ from tqdm import tqdm
 from config import Config
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
+from training.machine import has_bfloat16
 from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
 from training.step import TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 # Before this release a failed capture left the allocator in capture mode (pytorch #180395)
 FAILURES_END_CLEANLY = (2, 13)
+Forward = Callable[[Tensor], Tensor]
 Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them
 
 
 class CapturedStep:
     """Trains as the TrainStep that it is made of. A batch of a new shape, such as an epoch's short last one, is recorded on its
     own. A recording must agree with an eager step. Where one fails, or doesn't agree, one line says so and all steps run
-    eager from then on. `note` says which it was, and how near captured steps are to eager ones."""
+    eager from then on. `note` says which it was, and how near captured steps are to eager ones.
 
-    def __init__(self, step: TrainStep) -> None:
-        self.step, self.net, self.optimizer = step, step.net, step.optimizer
+    `fused` computes what the network does in training by other kernels. Full batches use it where its recording, too, agrees
+    with an eager step, and is the faster one."""
+
+    def __init__(self, step: TrainStep, fused: Forward | None = None) -> None:
+        self.step, self.net, self.optimizer, self.fused = step, step.net, step.optimizer, fused
         self.metrics, self.device, self.processes = step.metrics, step.device, step.processes
         self.note = ""
         self.first_done = 0.0
@@ -35,6 +42,7 @@ class CapturedStep:
         self.rates_now: list[float] = []
         self.possible = True
         self.difference = 0.0  # the largest that a self-check has found
+        self.kernels = ""  # what became of the fused kernels, for the note
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
@@ -55,24 +63,45 @@ class CapturedStep:
         try:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
-                reason = self._capture(*inputs) or self._check(*inputs)
+                reason = self._capture(*inputs, self.net) or self._check(*inputs)
+                if self.fused and not reason and len(labels) == self.step.full_batch:
+                    self.kernels = self._try_fused(*inputs, self.fused)
         finally:
             with torch.no_grad():
                 put_back(step_state(self.step), before)
             self.optimizer.zero_grad()
-        self.note = f"captured; a replay and an eager step differ by at most {100 * self.difference:.2g} % of a tensor's change"
+        self.note = (f"captured{self.kernels}; a replay and an eager step differ by at most "
+                     f"{100 * self.difference:.2g} % of a tensor's change")
         if reason:
             self.possible, self.note = False, f"not captured: {reason}"
             self.recordings.clear()
             tqdm.write(f"Steps are not captured: {reason}.")
 
-    def _capture(self, images: Tensor, labels: Tensor) -> str:
-        """Record a step on these tensors. Returns why that failed, or ""."""
+    def _try_fused(self, images: Tensor, labels: Tensor, fused: Forward) -> str:
+        """Record a step by the fused kernels, in place of PyTorch's recording if it agrees with an eager step and is faster.
+        Returns what became of it, for the note."""
+        plain, difference = self.recordings[images.shape], self.difference
+        try:
+            reason = self._capture(images, labels, fused) or self._check(images, labels)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Triton, its compiler or the driver
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        if not reason:
+            times = [_milliseconds(recording[2], self.device) for recording in (self.recordings[images.shape], plain)]
+            reason = "{:.2f} ms a step, {:.2f} with PyTorch's".format(*times)
+            if times[0] < times[1]:
+                return f" with fused kernels ({reason})"
+        self.recordings[images.shape], self.difference = plain, difference
+        return f" without fused kernels ({reason})"
+
+    def _capture(self, images: Tensor, labels: Tensor, forward: Forward) -> str:
+        """Record a step on these tensors, with this forward pass. Returns why that failed, or ""."""
         places = addresses(step_state(self.step))
         self._set_rates([group["lr"] for group in self.optimizer.param_groups])
         try:
-            _warm_up(lambda: self._step(images, labels), 1, self.device)  # with learning rates that lie on the device
-            self.recordings[images.shape] = (images, labels, self.capture(lambda: self._step(images, labels)))
+            _warm_up(lambda: self._step(images, labels, forward), 1, self.device)  # with learning rates that lie on the device
+            self.recordings[images.shape] = (images, labels, self.capture(lambda: self._step(images, labels, forward)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -102,9 +131,13 @@ class CapturedStep:
             return ""
         return f"a replay's {name} and an eager step's differ by {100 * difference:.2g} % of the change"
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
-        """The step with its learning rates read from the device."""
-        self._at_rates(self.rates, lambda: self.step(images, labels))
+    def _step(self, images: Tensor, labels: Tensor, forward: Forward) -> None:
+        """The step with this forward pass and its learning rates read from the device."""
+        self.step.forward = forward
+        try:
+            self._at_rates(self.rates, lambda: self.step(images, labels))
+        finally:
+            self.step.forward = self.net
 
     def _at_rates(self, rates: list[Tensor] | list[float], run: Callable[[], object]) -> None:
         """Run with these learning rates in the optimizer."""
@@ -133,22 +166,42 @@ def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
               distillation: Distillation | None = None, processes: Processes = ALONE) -> Step:
     """A training step, captured where `config.capture` wants it and the device can. Prints why not where it was asked for."""
     step = TrainStep(net, optimizer, device, config.label_smoothing, distillation, processes)
-    if config.capture == "off":
-        return step
     reason = ""
-    if device.type != "cuda" or config.batches != "device":
+    if config.capture == "off":
+        reason = "--capture is off"
+    elif device.type != "cuda" or config.batches != "device":
         reason = "that needs CUDA, and batches made on the device"
     elif processes.size > 1:
         reason = "that needs a run of one process"
     elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
         reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
     if not reason:
-        return CapturedStep(step)
+        return CapturedStep(step, fused_forward(net, device) if config.kernels == "fused" else None)
+    if config.kernels == "fused":
+        print(f"Steps use PyTorch's kernels: the fused ones need captured steps, and {reason}.")
     if config.capture == "on":
         print(f"Steps are not captured: {reason}.")
-    if device.type == "cuda":
+    if device.type == "cuda" and config.capture != "off":
         step.note = f"not captured: {reason}"
     return step
+
+
+def fused_forward(net: nn.Module, device: torch.device) -> Forward | None:
+    """The network's forward pass by the kernels of training/kernels.py. None, and a line that says why, where they can't
+    compute it."""
+    reason, forward = "", None
+    if not has_bfloat16(device):
+        reason = "this GPU has no bfloat16"
+    else:
+        try:
+            from training.fused import fuse
+            forward = fuse(net)
+            reason = "" if forward else "they can't compute what model.py does"
+        except ImportError as error:
+            reason = f"they need Triton ({error})"
+    if reason:
+        print(f"Steps use PyTorch's kernels, not the fused ones: {reason}.")
+    return forward
 
 
 def torch_version() -> tuple[int, int]:
@@ -171,6 +224,23 @@ def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> Non
                 run()
     finally:  # restoring the state must wait for what was launched
         torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _milliseconds(replay: Callable[[], object], device: torch.device) -> float:
+    """Of a replay, the median of three rounds of ten."""
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    rounds = []
+    for _ in range(3):
+        wait()
+        started = time.perf_counter()
+        for _ in range(10):
+            replay()
+        wait()
+        rounds.append(time.perf_counter() - started)
+    return 100 * statistics.median(rounds)
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:

@@ -1,6 +1,6 @@
 """One training step: forward pass, loss, backward pass, optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ class TrainStep:
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
                  label_smoothing: float, distillation: Distillation | None = None, processes: Processes = ALONE) -> None:
         self.net, self.optimizer, self.device = net, optimizer, device
+        self.forward: Callable[[Tensor], Tensor] = net  # or what computes the same by other kernels
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
         self.note = ""  # how steps run, for the log; a batch of a new size may change it
@@ -36,7 +37,7 @@ class TrainStep:
         self.full_batch = self.full_batch or len(images)
         with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
             with self.autocast, counting_batches_together(self.net, self.device):
-                logits = self.net(images)
+                logits = self.forward(images)
                 # on CUDA autocast would leave its softmax in bfloat16
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
                 if self.distillation:

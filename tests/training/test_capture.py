@@ -140,7 +140,7 @@ def old_batch(captured: CapturedStep, run):
     """The images and labels stay those of the recording."""
     cells = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))
     images, labels = (cells[name].cell_contents.clone() for name in ("images", "labels"))
-    return lambda: captured._step(images, labels)
+    return lambda: captured._step(images, labels, captured.net)
 
 
 def lost_momentum(captured: CapturedStep, run):
@@ -313,6 +313,70 @@ def test_a_step_that_cuda_cannot_capture_runs_eager(capsys, spoil):
     assert (out.out + out.err).count("Steps are not captured: the capture failed") == 1
 
 
+# ---------------------------------------------------------------- the fused kernels
+
+def fused_step(monkeypatch, device: torch.device, forward, times: tuple[float, float]) -> CapturedStep:
+    """A step with other kernels, made up as `forward` of the network; it takes the first of `times`, PyTorch's the second."""
+    step = make_inner_step(device)
+    measured = iter(times)
+    monkeypatch.setattr(capture, "_milliseconds", lambda *_: next(measured))
+    return CapturedStep(step, lambda images: forward(step.net, images))
+
+
+def test_fused_kernels_that_are_right_and_faster_train_full_batches(device, batches, monkeypatch):
+    sizes = []
+    captured = fused_step(monkeypatch, device, lambda net, images: sizes.append(len(images)) or net(images), (1.0, 2.0))
+    expected, results = train(make_inner_step(device), batches), train(captured, batches)
+    assert set(sizes) == {16}
+    assert captured.note.startswith("captured with fused kernels (1.00 ms a step, 2.00 with PyTorch's); a replay")
+    assert [loss for loss, _ in results] == pytest.approx([loss for loss, _ in expected], rel=1e-2)
+    if device.type == "cpu":
+        assert len(sizes) == 3 * 3 + 2  # each full batch, the warm-up and the check
+    assert captured.step.forward is captured.net  # an eager step has PyTorch's
+
+
+def fail(net, images):
+    raise ValueError("no kernel\n  for this GPU")
+
+
+@pytest.mark.parametrize(("forward", "times", "note"), [
+    (lambda net, images: net(images), (2.0, 1.0), "2.00 ms a step, 1.00 with PyTorch's"),
+    (lambda net, images: net(images.flip(0)), (1.0, 2.0), "a replay's "),
+    (lambda net, images: net(images).detach() + 0 * net(images), (1.0, 2.0), "a replay's "),
+    (fail, (1.0, 2.0), "ValueError: no kernel for this GPU")], ids=["slower", "wrong", "no gradients", "failing"])
+def test_fused_kernels_that_are_wrong_or_slower_are_left_out(device, batches, monkeypatch, forward, times, note):
+    captured = fused_step(monkeypatch, device, forward, times)
+    plain = CapturedStep(make_inner_step(device))
+    expected, results = train(plain, batches), train(captured, batches)
+    assert captured.possible
+    assert captured.note.startswith(f"captured without fused kernels ({note}")
+    assert captured.difference == plain.difference or device.type == "cuda"
+    if device.type == "cpu":
+        assert expected == results
+        steps = zip(everything(plain.step), everything(captured.step), strict=True)
+        assert all(torch.equal(one, other) for one, other in steps)
+
+
+@pytest.mark.parametrize(("settings", "device", "printed"), [
+    ({"capture": "off", "batches": "device"}, "cuda", "need captured steps, and --capture is off"),
+    ({"batches": "device"}, "cpu", "need captured steps, and that needs CUDA"),
+    ({"capture": "on", "batches": "device"}, "cuda", "not the fused ones: this GPU has no bfloat16")])
+def test_a_line_says_why_there_are_no_fused_kernels(monkeypatch, capsys, settings, device, printed):
+    monkeypatch.setattr(capture, "TrainStep", lambda *_: SimpleNamespace(note=""))
+    monkeypatch.setattr(capture, "CapturedStep", lambda step, fused: step)
+    monkeypatch.setattr(capture, "has_bfloat16", lambda device: False)
+    make_step(None, None, torch.device(device), Config(kernels="fused", **settings))
+    assert "Steps use PyTorch's kernels" in (out := capsys.readouterr().out)
+    assert printed in out
+
+
+def test_a_network_of_another_kind_has_no_fused_kernels(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(capture, "has_bfloat16", lambda device: True)
+    assert capture.fused_forward(nn.Flatten(), torch.device("cuda")) is None
+    assert "they can't compute what model.py does" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- whether to capture
 
 @pytest.mark.parametrize(("wanted", "device", "batches_on", "version", "captured", "printed"), [
@@ -327,7 +391,7 @@ def test_a_step_that_cuda_cannot_capture_runs_eager(capsys, spoil):
 def test_steps_are_captured_where_that_is_wanted_and_possible(monkeypatch, capsys, wanted, device, batches_on, version,
                                                               captured, printed):
     monkeypatch.setattr(capture, "TrainStep", lambda *_: SimpleNamespace(note=""))  # whose own would want a GPU
-    monkeypatch.setattr(capture, "CapturedStep", lambda step: "captured")
+    monkeypatch.setattr(capture, "CapturedStep", lambda step, fused: "captured")
     monkeypatch.setattr(torch, "__version__", version)
     step = make_step(None, None, torch.device(device), Config(capture=wanted, batches=batches_on))
     assert (step == "captured") == captured

@@ -1,0 +1,52 @@
+"""Compare the fused kernels with PyTorch's, without a GPU. Run with TRITON_INTERPRET=1, which counts from Triton's import on.
+
+Prints, as JSON, how far the gradients are from those in float64: of the kernels, and of PyTorch in bfloat16; and how far
+BatchNorm's running statistics are from PyTorch's.
+"""
+
+import copy
+import json
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import separable
+from training import kernels
+from training.fused import fuse
+
+kernels.PROGRAMS = 6  # so that each takes rows several times, and some once more than others
+
+
+def small_net() -> nn.Sequential:
+    """All that the kernels tell apart: strides, a dilation, parts of 32 and of 64 channels, one part and several."""
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+                        separable(32, 64), separable(64, 96, stride=2), separable(96, 128, dilation=2),
+                        nn.AdaptiveAvgPool2d(1), nn.Conv2d(128, 5, 1), nn.Flatten())
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm2d):  # not the same in each channel, and not those of one batch
+            for tensor in (layer.weight, layer.bias, layer.running_mean):
+                nn.init.normal_(tensor, mean=float(tensor is layer.weight), std=0.3)
+    return net.to(memory_format=torch.channels_last)
+
+
+def relative(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.double() - other).norm() / other.norm()).item()
+
+
+torch.manual_seed(0)
+net = small_net()
+images, labels = torch.randn(3, 3, 10, 14).to(memory_format=torch.channels_last), torch.arange(3)
+gradients, buffers = {}, {}
+for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("fused", torch.float32)):
+    copied = copy.deepcopy(net).to(dtype)
+    forward = fuse(copied) if name == "fused" else copied
+    with torch.autocast("cpu", torch.bfloat16, enabled=name != "float64", cache_enabled=False):
+        logits = forward(images.to(dtype))
+    F.cross_entropy(logits.to(dtype), labels).backward()
+    gradients[name] = {key: parameter.grad for key, parameter in copied.named_parameters()}
+    buffers[name] = {key: buffer for key, buffer in copied.named_buffers() if "num" not in key}
+print(json.dumps({
+    "gradients": {key: [relative(gradients[name][key], exact) for name in ("fused", "bfloat16")]
+                  for key, exact in gradients["float64"].items()},
+    "buffers": {key: relative(buffers["fused"][key], exact) for key, exact in buffers["float64"].items()}}))

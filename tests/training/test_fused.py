@@ -1,0 +1,133 @@
+"""The fused kernels compute what PyTorch's do: in Triton's interpreter, and, where there is one, on a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model import Net, separable
+
+triton = pytest.importorskip("triton", minversion="3.8")  # older interpreters fail with NumPy 2.4
+
+from training.fused import fuse  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+POOL = nn.AdaptiveAvgPool2d(1)
+
+
+def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    out = subprocess.run([sys.executable, "tests/training/kernels_interpreted.py"], cwd=ROOT, check=True, capture_output=True,
+                         text=True, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    found = json.loads(out.stdout)
+    assert len(found["gradients"]) == 3 + 3 * 4 + 2
+    for name, (fused, pytorch) in found["gradients"].items():
+        assert fused < 1.3 * pytorch, name
+    assert all(error < 2e-3 for error in found["buffers"].values())
+
+
+# ---------------------------------------------------------------- which networks they can compute
+
+@pytest.mark.parametrize("net", [Net(), Net(width=2), Net(num_classes=3, dropout=0.1)], ids=["Net", "width 2", "dropout"])
+def test_the_network_can_be_fused_and_every_parameter_gets_a_gradient(monkeypatch, net):
+    launches(monkeypatch, net, 2)
+    assert all(parameter.grad.stride() == parameter.stride() for parameter in net.parameters())
+
+
+class Doubled(Net):
+    def forward(self, images):
+        return super().forward(2 * images)
+
+
+class Choosing(Net):
+    def forward(self, images):
+        return super().forward(images if images.sum() > 0 else -images)
+
+
+def changed(change) -> Net:
+    net = Net()
+    change(net)
+    return net
+
+
+@pytest.mark.parametrize("net", [
+    nn.Flatten(),
+    nn.Sequential(separable(32, 32), POOL),  # no first convolution
+    nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(), separable(32, 48), POOL),
+    nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), separable(32, 32), POOL),  # with a bias
+    changed(lambda net: net.conv_block1.register_forward_hook(print)),
+    changed(lambda net: net.conv_block1[0][1].register_forward_hook(print)),
+    changed(lambda net: setattr(net.conv_block1[0][2], "momentum", None)),
+    changed(lambda net: setattr(net.conv_block2[0][0], "padding", (0, 0))),
+    changed(lambda net: net.conv_block3.insert(1, nn.Dropout(0.1))),
+    Doubled(), Choosing(),
+], ids=["other", "no input", "48 channels", "bias", "hook on a block", "hook on a layer", "no momentum", "padding", "dropout",
+        "another input", "an if"])
+def test_what_the_kernels_do_not_compute_is_refused(net):
+    assert fuse(net.to(memory_format=torch.channels_last)) is None
+
+
+def test_contiguous_weights_are_refused():
+    assert fuse(Net()) is None
+
+
+# ---------------------------------------------------------------- launches, and what a compiler says of them
+
+def launches(monkeypatch, net: nn.Module, batch_size: int) -> list:
+    """The kernels of a forward and a backward pass, on tensors without data: kernel, arguments, constants and options."""
+    found = []
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run",
+                        lambda self, *args, grid, warmup, **options: found.append((self, args, options)))
+    forward = fuse(net.to("meta", memory_format=torch.channels_last))
+    images = torch.empty(batch_size, 3, 32, 32, device="meta").to(memory_format=torch.channels_last)
+    F.cross_entropy(forward(images), torch.empty(batch_size, dtype=torch.long, device="meta")).backward()
+    return found
+
+
+def test_a_step_takes_few_launches(monkeypatch):
+    assert len(launches(monkeypatch, Net(), 128)) <= 63  # PyTorch's eager step has 537 on an H200, with loss and optimizer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_kernels_compile(monkeypatch, capability):
+    types = {torch.float32: "*fp32", torch.bfloat16: "*bf16", int: "i32", float: "fp32"}
+    compiled = set()
+    for kernel, args, options in launches(monkeypatch, Net(), 128):
+        names = [parameter.name for parameter in kernel.params]
+        signature = {name: types[getattr(value, "dtype", type(value))] for name, value in zip(names, args, strict=False)}
+        constants = {name: options.pop(name) for name in names if name in options}
+        source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        if (key := (kernel.__name__, str(constants))) not in compiled:
+            binary = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=options)
+            assert binary.metadata.shared <= 96 * 1024
+            compiled.add(key)
+    assert len({name for name, _ in compiled}) == 10
+
+
+# ---------------------------------------------------------------- on a GPU
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("width", "size", "count"), [(1, 32, 128), (1, 32, 80), (1, 24, 128), (2, 32, 128)])
+def test_the_kernels_are_right_on_a_gpu(width, size, count):
+    torch.manual_seed(0)
+    net = Net(width=width).cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(count, 3, size, size, device="cuda").to(memory_format=torch.channels_last)
+    labels, gradients = torch.arange(count, device="cuda") % 10, {}
+    exact = Net(width=width).cuda().double()
+    exact.load_state_dict(net.state_dict())
+    for name, forward, dtype in (("float64", exact, torch.float64), ("bfloat16", net, torch.float32),
+                                 ("fused", fuse(net), torch.float32)):
+        parameters = list((exact if name == "float64" else net).parameters())
+        with torch.autocast("cuda", torch.bfloat16, enabled=name != "float64", cache_enabled=False):
+            loss = F.cross_entropy(forward(images.to(dtype)).to(dtype), labels)
+        gradients[name] = torch.autograd.grad(loss, parameters)
+    for (name, _), true, fused, pytorch in zip(net.named_parameters(), *(gradients[name] for name in gradients), strict=True):
+        errors = [(gradient.double() - true).norm() for gradient in (pytorch, fused)]
+        assert errors[1] < 1.5 * errors[0] + 1e-6 * true.norm(), name

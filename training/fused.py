@@ -1,0 +1,121 @@
+"""A depthwise-separable network with its training steps in a few large kernels: training/kernels.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from training import kernels
+
+
+class Chain(nn.Module):
+    """A first 3x3 convolution with BatchNorm and ReLU, separable blocks, and a global average."""
+
+    def __init__(self, layers: list[tuple[nn.Module, ...]]) -> None:
+        """`layers`: first the convolution and its BatchNorm, then of each block the depthwise and the pointwise convolution and
+        BatchNorm."""
+        super().__init__()
+        self.layers = layers
+        self.parameters_in_order = [parameter for each in layers for layer in each for parameter in layer.parameters()]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The pooled features, float32 N x channels x 1 x 1, of images float32 N x 3 x H x W in channels_last memory."""
+        return _Features.apply(images, self.layers, *self.parameters_in_order)[:, :, None, None]
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, layers, *parameters):
+        images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
+        maps, norm = kernels.input_forward(images, first.weight, first_norm)
+        size, saved = images.shape[:3], []
+        for depthwise, pointwise, layer in blocks:
+            between, *out = kernels.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer)
+            saved.append((maps, norm, size, between))
+            maps, norm, size = out  # type: ignore[assignment]
+        ctx.blocks, ctx.images, ctx.saved, ctx.last = blocks, images, saved, (maps, norm, size)
+        return kernels.pool_forward(maps, norm, len(images))
+
+    @staticmethod
+    def backward(ctx, feature_gradients):
+        maps, norm, out_size = ctx.last
+        gradients, sums = kernels.pool_backward(feature_gradients.contiguous(), maps, norm)
+        found = []  # from the last parameter to the first
+        for (depthwise, pointwise, _), (maps_in, norm_in, size, between) in zip(
+                reversed(ctx.blocks), reversed(ctx.saved), strict=True):
+            found += [sums[0], sums[1]]
+            between_gradients, weights = kernels.pointwise_backward(gradients, maps, norm, sums, between, pointwise.weight)
+            gradients, filters, sums = kernels.depthwise_backward(between_gradients, maps_in, norm_in, size, out_size,
+                                                                  depthwise)
+            found += [weights, filters]
+            maps, norm, out_size = maps_in, norm_in, size
+        found += [sums[0], sums[1], kernels.input_weights(gradients, maps, norm, sums, ctx.images)]
+        return None, None, *reversed(found)
+
+
+def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What computes as `net` does in training, by the kernels; it shares the layers of `net`. None where `net` doesn't begin
+    with a Chain."""
+    try:
+        graph = fx.symbolic_trace(net).graph
+    except Exception:  # a forward that depends on its input can't be traced
+        return None
+    start, *nodes = graph.nodes
+    layers = []
+    for previous, node in zip([start, *nodes], nodes, strict=False):
+        if node.op != "call_module" or node.args != (previous,) or node.kwargs or len(previous.users) != 1:
+            return None
+        layers.append(net.get_submodule(node.target))
+        if isinstance(layers[-1], nn.AdaptiveAvgPool2d):
+            break
+    chain = _as_chain(layers)
+    if chain is None:
+        return None
+    with graph.inserting_after(start):
+        node.replace_all_uses_with(graph.create_node("call_module", "chain", (start,)))
+    for node in reversed(nodes[:len(layers)]):
+        graph.erase_node(node)
+    return fx.GraphModule({**dict(net.named_modules()), **dict(net.named_parameters()), "chain": chain}, graph)
+
+
+def _as_chain(layers: list[Any]) -> Chain | None:
+    """The layers as a Chain, if they are one that the kernels can compute."""
+    kinds = [type(layer) for layer in layers]
+    block = [nn.Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
+    number = (len(layers) - 4) // 4
+    if kinds != [*block[1:], *number * block, nn.AdaptiveAvgPool2d] or any(_has_hooks(layer) for layer in layers):
+        return None
+    first, first_norm, _, *middle, pool = layers
+    blocks = [tuple(middle[start:start + 3]) for start in range(0, len(middle), 4)]
+    possible = (_is_input(first) and pool.output_size in (1, (1, 1)) and _is_usual(first_norm)
+                and all(_is_depthwise(one) and _is_pointwise(other) and _is_usual(norm) for one, other, norm in blocks))
+    return Chain([(first, first_norm), *blocks]) if possible else None
+
+
+def _has_hooks(layer: nn.Module) -> bool:
+    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+
+
+def _is_conv(layer: nn.Conv2d, kernel: int, groups: int) -> bool:
+    return (layer.kernel_size == (kernel, kernel) and layer.groups == groups and layer.bias is None
+            and layer.padding_mode == "zeros" and layer.out_channels % 32 == 0)
+
+
+def _is_input(layer: nn.Conv2d) -> bool:
+    return (_is_conv(layer, 3, 1) and layer.in_channels == 3 and layer.stride == layer.padding == layer.dilation == (1, 1)
+            and layer.weight.is_contiguous(memory_format=torch.channels_last))
+
+
+def _is_depthwise(layer: nn.Conv2d) -> bool:
+    return (_is_conv(layer, 3, layer.in_channels) and layer.out_channels == layer.in_channels
+            and layer.stride[0] == layer.stride[1] and layer.dilation[0] == layer.dilation[1]
+            and layer.padding == layer.dilation)
+
+
+def _is_pointwise(layer: nn.Conv2d) -> bool:
+    return _is_conv(layer, 1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+
+
+def _is_usual(layer: nn.BatchNorm2d) -> bool:
+    return layer.affine and layer.track_running_stats and layer.momentum is not None

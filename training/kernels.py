@@ -1,0 +1,424 @@
+"""Triton kernels that train a depthwise-separable network, and what launches them.
+
+Activations are bfloat16, rows x channels: a row is a pixel, images one after another, in channels_last order. Only what the
+convolutions return is stored (`maps`): BatchNorm and ReLU are applied wherever it is loaded, by a `norm`, float32 4 x channels:
+mean, 1 / standard deviation, scale, shift. Sums over all rows have the same bits in each run: each program adds up its own
+rows and stores that sum in `partial`, then another kernel adds up the programs' sums. Channels are multiples of 32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+TAPS = tl.constexpr(9)
+MEAN, RSTD, SCALE, SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+DEPTHWISE_SUMS = tl.constexpr(11)  # the gradients of nine weights, the sums of the gradient and of the gradient times the map
+IMAGE_TAPS = tl.constexpr(27)  # nine pixels of three channels
+PARTIAL = tl.constexpr(128)  # programs whose sums are added up at once
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+# ---------------------------------------------------------------- parts of kernels
+
+@triton.jit
+def _dot(one, other, total):
+    """total + one @ other, of bfloat16; Triton's interpreter takes bfloat16 in a product for integers."""
+    if INTERPRETED:
+        one, other = one.to(tl.float32), other.to(tl.float32)
+    return tl.dot(one, other, total)
+
+
+@triton.jit
+def _load(rows_of, row, channel, valid, CHANNELS: tl.constexpr):
+    """Rows x channels as float32; zero where not `valid`."""
+    return tl.load(rows_of + row[:, None] * CHANNELS + channel[None, :], mask=valid[:, None], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(rows_of, row, channel, valid, values, CHANNELS: tl.constexpr):
+    tl.store(rows_of + row[:, None] * CHANNELS + channel[None, :], values, mask=valid[:, None])
+
+
+@triton.jit
+def _store_sums(partial, sums, channel, NUMBER: tl.constexpr, CHANNELS: tl.constexpr):
+    """Store what a program has added up, `sums` rows x channels each, as one of `partial`, programs x NUMBER x channels."""
+    for each in tl.static_range(NUMBER):
+        tl.store(partial + (tl.program_id(0) * NUMBER + each) * CHANNELS + channel, tl.sum(sums[each], 0))
+
+
+@triton.jit
+def _add_statistics(sums, stored, center, valid):
+    """Add differences from `center`, a value near the mean, and their squares."""
+    difference = tl.where(valid[:, None], stored.to(tl.float32) - center[None, :], 0.0)
+    return sums[0] + difference, sums[1] + difference * difference
+
+
+@triton.jit
+def _gradient_before_norm(gradients, maps, norm, sums, row, channel, valid, rows, CHANNELS: tl.constexpr):
+    """From the gradients after BatchNorm and ReLU those before them, of rows x channels. `sums`: of the gradient before ReLU,
+    and of that times the normalized map."""
+    mean, rstd = tl.load(norm + MEAN * CHANNELS + channel), tl.load(norm + RSTD * CHANNELS + channel)
+    scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
+    constant, slope = tl.load(sums + channel) / rows, tl.load(sums + CHANNELS + channel) / rows
+    z = _load(maps, row, channel, valid, CHANNELS)
+    gradient = _load(gradients, row, channel, valid, CHANNELS)
+    gradient = tl.where(z * scale[None, :] + shift[None, :] > 0, gradient, 0.0)
+    before = scale[None, :] * (gradient - constant[None, :] - (z - mean[None, :]) * rstd[None, :] * slope[None, :])
+    return tl.where(valid[:, None], before, 0.0)
+
+
+@triton.jit
+def _image_patches(images, row, valid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The 27 values around each pixel, and five zeros: rows x 32 bfloat16."""
+    value = tl.arange(0, 32)
+    y = (row // WIDTH % HEIGHT)[:, None] + value[None, :] // 9 - 1
+    x = (row % WIDTH)[:, None] + value[None, :] // 3 % 3 - 1
+    inside = valid[:, None] & (value < IMAGE_TAPS)[None, :] & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    image = (row // (HEIGHT * WIDTH))[:, None]
+    return tl.load(images + ((image * HEIGHT + y) * WIDTH + x) * 3 + value[None, :] % 3, mask=inside, other=0.0).to(tl.bfloat16)
+
+
+# ---------------------------------------------------------------- forwards
+
+@triton.jit
+def _input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                   OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
+    """The first 3x3 convolution, with padding 1, from float32 images; and the sums for its BatchNorm."""
+    out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)
+    weight = tl.load(weights + out[None, :] * IMAGE_TAPS + value[:, None], mask=(value < IMAGE_TAPS)[:, None], other=0.0)
+    center, zero = tl.load(centers + out), tl.zeros((ROWS, OUTS), tl.float32)
+    sums = (zero, zero)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        patches = _image_patches(images, row, valid, HEIGHT, WIDTH)
+        result = _dot(patches, weight.to(tl.bfloat16), zero).to(tl.bfloat16)
+        _store(maps, row, out, valid, result, OUT)
+        sums = _add_statistics(sums, result, center, valid)
+    _store_sums(partial, sums, out, 2, OUT)
+
+
+@triton.jit
+def _separable_forward(maps_in, norm, depthwise, pointwise, between, maps, centers, partial, rows,
+                       HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+                       IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                       ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+    """BatchNorm and ReLU of the input, the depthwise convolution, whose result goes to `between`, the pointwise one, and the
+    sums for its BatchNorm."""
+    part = tl.program_id(1)
+    out = part * OUTS + tl.arange(0, OUTS)
+    center, zero = tl.load(centers + out), tl.zeros((ROWS, OUTS), tl.float32)
+    sums = (zero, zero)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        image, y, x = row // (OUT_HEIGHT * OUT_WIDTH), row // OUT_WIDTH % OUT_HEIGHT, row % OUT_WIDTH
+        total = zero
+        for first in range(0, IN, INS):
+            channel = first + tl.arange(0, INS)
+            scale, shift = tl.load(norm + SCALE * IN + channel), tl.load(norm + SHIFT * IN + channel)
+            filtered = tl.zeros((ROWS, INS), tl.float32)
+            for tap in tl.static_range(TAPS):
+                yy, xx = y * STRIDE + (tap // 3 - 1) * DILATION, x * STRIDE + (tap % 3 - 1) * DILATION
+                inside = valid & (yy >= 0) & (yy < HEIGHT) & (xx >= 0) & (xx < WIDTH)
+                z = _load(maps_in, (image * HEIGHT + yy) * WIDTH + xx, channel, inside, IN)
+                activation = tl.where(inside[:, None], tl.maximum(z * scale[None, :] + shift[None, :], 0.0), 0.0)
+                filtered += activation * tl.load(depthwise + channel * TAPS + tap)[None, :]
+            rounded = filtered.to(tl.bfloat16)
+            if part == 0:
+                _store(between, row, channel, valid, rounded, IN)
+            weight = tl.load(pointwise + out[None, :] * IN + channel[:, None]).to(tl.bfloat16)
+            total = _dot(rounded, weight, total)
+        result = total.to(tl.bfloat16)
+        _store(maps, row, out, valid, result, OUT)
+        sums = _add_statistics(sums, result, center, valid)
+    _store_sums(partial, sums, out, 2, OUT)
+
+
+@triton.jit
+def _sum_programs(partial, total, programs, VALUES: tl.constexpr):
+    """The sum over the programs of 32 of the VALUES that each has stored."""
+    value = tl.program_id(0) * 32 + tl.arange(0, 32)
+    found = tl.zeros((32,), tl.float32)
+    for start in range(0, programs, PARTIAL):
+        program = start + tl.arange(0, PARTIAL)
+        found += tl.sum(_load(partial, program, value, program < programs, VALUES), 0)
+    tl.store(total + value, found)
+
+
+@triton.jit
+def _finish_norm(partial, gamma, beta, running_mean, running_var, norm, programs, rows, momentum, epsilon,
+                 CHANNELS: tl.constexpr):
+    """The norm of 32 channels from the programs' sums, and the running statistics. The sums are of differences from the running
+    mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
+    variance", shifted data)."""
+    channel = tl.program_id(0) * 32 + tl.arange(0, 32)
+    total, squares = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
+    for start in range(0, programs, PARTIAL):
+        program = start + tl.arange(0, PARTIAL)
+        total += tl.sum(_load(partial, 2 * program, channel, program < programs, CHANNELS), 0)
+        squares += tl.sum(_load(partial, 2 * program + 1, channel, program < programs, CHANNELS), 0)
+    before, difference = tl.load(running_mean + channel), total / rows
+    mean, variance = before + difference, tl.maximum(squares / rows - difference * difference, 0.0)
+    rstd = 1 / tl.sqrt(variance + epsilon)
+    scale = tl.load(gamma + channel) * rstd
+    tl.store(norm + MEAN * CHANNELS + channel, mean)
+    tl.store(norm + RSTD * CHANNELS + channel, rstd)
+    tl.store(norm + SCALE * CHANNELS + channel, scale)
+    tl.store(norm + SHIFT * CHANNELS + channel, tl.load(beta + channel) - mean * scale)
+    tl.store(running_mean + channel, before + momentum * difference)
+    before = tl.load(running_var + channel)
+    tl.store(running_var + channel, before + momentum * (variance * rows / (rows - 1) - before))
+
+
+@triton.jit
+def _pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """The mean of an image's pixels after BatchNorm and ReLU, of 32 channels."""
+    image, channel = tl.program_id(0), tl.program_id(1) * 32 + tl.arange(0, 32)
+    scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
+    total = tl.zeros((32,), tl.float32)
+    for start in range(0, PIXELS, BLOCK):
+        pixel = start + tl.arange(0, BLOCK)
+        valid = pixel < PIXELS
+        z = _load(maps, image * PIXELS + pixel, channel, valid, CHANNELS)
+        activation = tl.maximum(z * scale[None, :] + shift[None, :], 0.0)
+        total += tl.sum(tl.where(valid[:, None], activation, 0.0), 0)
+    tl.store(features + image * CHANNELS + channel, total / PIXELS)
+
+
+# ---------------------------------------------------------------- backwards
+
+@triton.jit
+def _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid):
+    """Add the gradients of a BatchNorm's bias, and of its weight; `gradient` is that after the ReLU."""
+    passed = tl.where(valid[:, None] & (z * scale[None, :] + shift[None, :] > 0), gradient.to(tl.float32), 0.0)
+    return sums[0] + passed, sums[1] + passed * (z - mean[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def _pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+                   ROWS: tl.constexpr):
+    """The gradients of the pooled pixels, and the sums for BatchNorm."""
+    channel = tl.program_id(1) * 32 + tl.arange(0, 32)
+    mean, rstd = tl.load(norm + MEAN * CHANNELS + channel), tl.load(norm + RSTD * CHANNELS + channel)
+    scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
+    zero = tl.zeros((ROWS, 32), tl.float32)
+    sums = (zero, zero)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        gradient = (_load(feature_gradients, row // PIXELS, channel, valid, CHANNELS) / PIXELS).to(tl.bfloat16)
+        _store(gradients, row, channel, valid, gradient, CHANNELS)
+        z = _load(maps, row, channel, valid, CHANNELS)
+        sums = _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid)
+    _store_sums(partial, sums, channel, 2, CHANNELS)
+
+
+@triton.jit
+def _pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradients, rows, IN: tl.constexpr, OUT: tl.constexpr,
+                        ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+    """The gradients between the depthwise and the pointwise convolution."""
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * INS + tl.arange(0, INS)
+    valid = row < rows
+    total = tl.zeros((ROWS, INS), tl.float32)
+    for start in range(0, OUT, OUTS):
+        out = start + tl.arange(0, OUTS)
+        gradient = _gradient_before_norm(gradients, maps, norm, sums, row, out, valid, rows, OUT)
+        weight = tl.load(pointwise + out[:, None] * IN + channel[None, :]).to(tl.bfloat16)
+        total = _dot(gradient.to(tl.bfloat16), weight, total)
+    _store(between_gradients, row, channel, valid, total.to(tl.bfloat16), IN)
+
+
+@triton.jit
+def _pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: tl.constexpr, OUT: tl.constexpr,
+                       ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+    """A program's sum of the gradients of OUTS x INS pointwise weights."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    out, channel = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.program_id(2) * INS + tl.arange(0, INS)
+    total = tl.zeros((OUTS, INS), tl.float32)
+    for start in range(split * ROWS, rows, splits * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        gradient = _gradient_before_norm(gradients, maps, norm, sums, row, out, valid, rows, OUT)
+        filtered = tl.load(between + row[:, None] * IN + channel[None, :], mask=valid[:, None], other=0.0)
+        total = _dot(tl.trans(gradient.to(tl.bfloat16)), filtered, total)
+    tl.store(partial + split * OUT * IN + out[:, None] * IN + channel[None, :], total)
+
+
+@triton.jit
+def _depthwise_backward(between_gradients, maps_in, norm, depthwise, gradients, partial, rows,
+                        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+                        CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr):
+    """The gradients of the block's input, and the sums of the weights' gradients and for the BatchNorm before."""
+    channel = tl.program_id(1) * 32 + tl.arange(0, 32)
+    mean, rstd = tl.load(norm + MEAN * CHANNELS + channel), tl.load(norm + RSTD * CHANNELS + channel)
+    scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
+    zero = tl.zeros((ROWS, 32), tl.float32)
+    weights, sums = (zero, zero, zero, zero, zero, zero, zero, zero, zero), (zero, zero)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        image, y, x = row // (HEIGHT * WIDTH), row // WIDTH % HEIGHT, row % WIDTH
+        z = _load(maps_in, row, channel, valid, CHANNELS)
+        activation = tl.where(valid[:, None], tl.maximum(z * scale[None, :] + shift[None, :], 0.0), 0.0)
+        total, added = zero, ()
+        for tap in tl.static_range(TAPS):
+            down, right = y - (tap // 3 - 1) * DILATION, x - (tap % 3 - 1) * DILATION  # STRIDE times the output pixel's place
+            inside = valid & (down >= 0) & (down % STRIDE == 0) & (right >= 0) & (right % STRIDE == 0)
+            inside = inside & (down // STRIDE < OUT_HEIGHT) & (right // STRIDE < OUT_WIDTH)
+            output = (image * OUT_HEIGHT + down // STRIDE) * OUT_WIDTH + right // STRIDE
+            gradient = _load(between_gradients, output, channel, inside, CHANNELS)
+            total += gradient * tl.load(depthwise + channel * TAPS + tap)[None, :]
+            added = added + (weights[tap] + activation * gradient,)  # type: ignore[assignment]
+        weights = added  # type: ignore[assignment]
+        rounded = total.to(tl.bfloat16)
+        _store(gradients, row, channel, valid, rounded, CHANNELS)
+        sums = _add_norm_gradients(sums, rounded, z, mean, rstd, scale, shift, valid)
+    _store_sums(partial, weights + sums, channel, DEPTHWISE_SUMS, CHANNELS)
+
+
+@triton.jit
+def _input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+                   OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
+    """A program's sum of the gradients of the first convolution's weights, OUTS x 32, of which the last five are zero."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)
+    total = tl.zeros((OUTS, 32), tl.float32)
+    for start in range(split * ROWS, rows, splits * ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        gradient = _gradient_before_norm(gradients, maps, norm, sums, row, out, valid, rows, OUT)
+        patches = _image_patches(images, row, valid, HEIGHT, WIDTH)
+        total = _dot(tl.trans(gradient.to(tl.bfloat16)), patches, total)
+    tl.store(partial + split * OUT * 32 + out[:, None] * 32 + value[None, :], total)
+
+
+# ---------------------------------------------------------------- launching them
+
+PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
+# Rows that a program takes at once, at most, and how Triton compiles it: at sm_90 into about 128 registers, of which
+# a multiprocessor has enough for four programs
+CONVOLVE, FILTER, SUM = (32, {"num_warps": 4, "num_stages": 1}), (16, {"num_warps": 4}), (64, {"num_warps": 4, "num_stages": 3})
+
+
+def _rows_each(rows: int, others: int, most: int) -> int:
+    """Rows that a program takes at once, where `others` programs share them: at most `most`, and so few that there are two
+    programs for each multiprocessor."""
+    return next((size for size in (64, 32) if size <= most and rows // size * others >= PROGRAMS // 2), 16)
+
+
+def _programs(rows: int, each: int, others: int) -> int:
+    """Programs that share the rows, `each` of them at once, and as many times as the others."""
+    times = -(-rows // (each * max(1, PROGRAMS // others)))
+    return -(-rows // (each * times))
+
+
+def _part(channels: int) -> int:
+    return 64 if channels % 64 == 0 else 32
+
+
+def _sum(partial: Tensor) -> Tensor:
+    """The sum over the first dimension, the programs."""
+    total = partial.new_empty(partial.shape[1:])
+    _sum_programs[(total.numel() // 32,)](partial, total, len(partial), VALUES=total.numel())
+    return total
+
+
+def _norm(partial: Tensor, rows: int, layer: torch.nn.BatchNorm2d) -> Tensor:
+    """The norm of the layer, whose running statistics are updated, from the programs' sums."""
+    programs, _, channels = partial.shape
+    norm = partial.new_empty(4, channels)
+    _finish_norm[(channels // 32,)](partial, layer.weight, layer.bias, layer.running_mean, layer.running_var, norm, programs,
+                                    rows, layer.momentum, layer.eps, CHANNELS=channels)
+    return norm
+
+
+def input_forward(images: Tensor, weight: Tensor, layer: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """The first convolution of images float32 N x H x W x 3: its maps and their norm."""
+    (number, height, width, _), out, (most, options) = images.shape, len(weight), CONVOLVE
+    rows, outs = number * height * width, _part(out)
+    each = _rows_each(rows, out // outs, most)
+    maps = images.new_empty(rows, out, dtype=torch.bfloat16)
+    partial = images.new_empty(_programs(rows, each, out // outs), 2, out)
+    _input_forward[(len(partial), out // outs)](
+        images, weight, maps, layer.running_mean, partial, rows, HEIGHT=height, WIDTH=width, OUT=out, ROWS=each, OUTS=outs,
+        **options)
+    return maps, _norm(partial, rows, layer)
+
+
+def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int], depthwise: torch.nn.Conv2d, pointwise: Tensor,
+                      layer: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """A block on maps of the size N, H, W. Returns what is between its convolutions, its maps, their norm and their size."""
+    (number, height, width), (most, options) = size, CONVOLVE
+    stride, dilation, (out, channels) = depthwise.stride[0], depthwise.dilation[0], pointwise.shape[:2]
+    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    rows, outs, ins = number * out_height * out_width, _part(out), _part(channels)
+    each = _rows_each(rows, out // outs, most)
+    between, maps = maps_in.new_empty(rows, channels), maps_in.new_empty(rows, out)
+    partial = norm.new_empty(_programs(rows, each, out // outs), 2, out)
+    _separable_forward[(len(partial), out // outs)](
+        maps_in, norm, depthwise.weight, pointwise, between, maps, layer.running_mean, partial, rows,
+        HEIGHT=height, WIDTH=width, OUT_HEIGHT=out_height, OUT_WIDTH=out_width, IN=channels, OUT=out, STRIDE=stride,
+        DILATION=dilation, ROWS=each, INS=ins, OUTS=outs, **options)
+    return between, maps, _norm(partial, rows, layer), (number, out_height, out_width)
+
+
+def pool_forward(maps: Tensor, norm: Tensor, number: int) -> Tensor:
+    """The pooled features, float32 N x channels."""
+    channels = maps.shape[1]
+    features = norm.new_empty(number, channels)
+    _pool_forward[(number, channels // 32)](maps, norm, features, PIXELS=len(maps) // number, CHANNELS=channels, BLOCK=16)
+    return features
+
+
+def pool_backward(feature_gradients: Tensor, maps: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the maps after BatchNorm and ReLU, and their sums for BatchNorm, 2 x channels."""
+    (rows, channels), (most, options) = maps.shape, FILTER
+    each = _rows_each(rows, channels // 32, most)
+    gradients = torch.empty_like(maps)
+    partial = norm.new_empty(_programs(rows, each, channels // 32), 2, channels)
+    _pool_backward[(len(partial), channels // 32)](
+        feature_gradients, maps, norm, gradients, partial, rows, PIXELS=rows // len(feature_gradients), CHANNELS=channels,
+        ROWS=each, **options)
+    return gradients, _sum(partial)
+
+
+def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, between: Tensor,
+                       pointwise: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of `between` and of the pointwise weights."""
+    rows, (out, channels), (most, options) = len(maps), pointwise.shape[:2], CONVOLVE
+    outs, ins = _part(out), _part(channels)
+    between_gradients, each = torch.empty_like(between), _rows_each(rows, channels // ins, most)
+    _pointwise_backward[(-(-rows // each), channels // ins)](
+        gradients, maps, norm, sums, pointwise, between_gradients, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs,
+        **options)
+    parts, (each, options) = (out // outs, channels // ins), SUM
+    partial = norm.new_empty(_programs(rows, each, parts[0] * parts[1]), out, channels, 1, 1)
+    _pointwise_weights[(len(partial), *parts)](
+        gradients, maps, norm, sums, between, partial, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs, **options)
+    return between_gradients, _sum(partial).as_strided(pointwise.shape, pointwise.stride())
+
+
+def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],
+                       out_size: tuple[int, int, int], depthwise: torch.nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of the input maps after BatchNorm and ReLU, of the depthwise weights, and the sums for BatchNorm."""
+    (rows, channels), (most, options) = maps_in.shape, FILTER
+    gradients, each = torch.empty_like(maps_in), _rows_each(rows, channels // 32, most)
+    partial = norm.new_empty(_programs(rows, each, channels // 32), DEPTHWISE_SUMS.value, channels)
+    _depthwise_backward[(len(partial), channels // 32)](
+        between_gradients, maps_in, norm, depthwise.weight, gradients, partial, rows, HEIGHT=size[1], WIDTH=size[2],
+        OUT_HEIGHT=out_size[1], OUT_WIDTH=out_size[2], CHANNELS=channels, STRIDE=depthwise.stride[0],
+        DILATION=depthwise.dilation[0], ROWS=each, **options)
+    total = _sum(partial)
+    return gradients, total[:9].t().reshape(channels, 1, 3, 3), total[9:]
+
+
+def input_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, images: Tensor) -> Tensor:
+    """The gradients of the first convolution's weights, out x 3 x 3 x 3."""
+    (rows, out), (each, options) = maps.shape, SUM
+    partial = norm.new_empty(_programs(rows, each, out // 32), out, 32)
+    _input_weights[(len(partial), out // 32)](
+        gradients, maps, norm, sums, images, partial, rows, HEIGHT=images.shape[1], WIDTH=images.shape[2], OUT=out, ROWS=each,
+        OUTS=32, **options)
+    return _sum(partial)[:, :27].reshape(out, 3, 3, 3).permute(0, 3, 1, 2)
