@@ -1,9 +1,11 @@
 """Everything that is open about speed on CUDA, answered by one command within eight minutes.
 
     python benchmarks/cuda_speed.py --data-dir ~/data    prints, and writes benchmarks/results/cuda.txt after every part
+    … --seconds 300                                      in less time: the last parts, the least important ones, are left out
 
-Each part is a process of its own. One that fails, or has no time left, leaves a line that says so. (A file named cuda.py here
-would be taken for the package cuda, which torch imports.)
+Each part is a process of its own. One that fails, or has no time left, leaves a line that says so. Steps are captured also on
+those PyTorch releases on which `--capture auto` doesn't. (A file named cuda.py here would be taken for the package cuda, which
+torch imports.)
 """
 
 import argparse
@@ -16,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, product
+from itertools import count, islice, product
 from pathlib import Path
 
 import torch
@@ -26,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.others import fast_public_style, usual_script
+from benchmarks.others import Batches, Measured, fast_public_style, timed, usual_script
 from benchmarks.program import Program, make_program
 from config import Config, available_cores
 from model import Net
@@ -39,6 +41,8 @@ from training.step import TrainStep
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda.txt"
 SECONDS = 480  # for everything
+WAYS = {"eager": {"capture": "off"}, "captured": {"capture": "on"},  # to run the program, by its settings
+        "captured, fused kernels": {"capture": "on", "kernels": "fused"}}
 RESULT = "result: "  # before the line of a part's process that holds its lines
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -66,10 +70,10 @@ class Options:
         """What main.py makes of these settings."""
         return make_program(Config(**self.flags, **settings))  # type: ignore[arg-type]
 
-    def command(self, *arguments: str) -> list[str]:
-        """The command line of main.py."""
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in self.flags.items()]
-        return [sys.executable, str(ROOT / "main.py"), *flags, "--no-pictures", *arguments]
+    def command(self, **settings: object) -> list[str]:
+        """The command line of main.py with these settings."""
+        flags = [f"--{name.replace('_', '-')}={value}" for name, value in (self.flags | settings).items()]
+        return [sys.executable, str(ROOT / "main.py"), *flags, "--no-pictures"]
 
 
 def wait(device: torch.device) -> None:
@@ -125,21 +129,24 @@ def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> l
 
 
 def formats(options: Options) -> list[str]:
-    """Memory formats and dtypes, eager and captured; and the fused kernels, which Triton compiles before the first step."""
-    ways = [(how, *each, 128) for each in product(MEMORY_FORMATS, DTYPES) for how in ("eager", "captured")]
-    return steps_part(options, [*ways, ("captured, fused", "channels_last", "bfloat16", 128)])
+    """The default, eager and captured; the fused kernels, which Triton compiles before the first step; and captured in other
+    memory formats and dtypes."""
+    default = ("channels_last", "bfloat16", 128)
+    ways = [(how, *default) for how in ("eager", "captured", "captured, fused")]
+    others = [("captured", *each, 128) for each in product(MEMORY_FORMATS, DTYPES)]
+    return steps_part(options, [*ways, *(way for way in others if way not in ways)])
 
 
 def compiled(options: Options) -> list[str]:
-    """Captured and compiled steps."""
-    ways = product(MEMORY_FORMATS, ("bfloat16", "float16"))
-    return steps_part(options, [] if options.tiny else [("captured and compiled", *each, 128) for each in ways])
+    """Captured and compiled steps, in both memory formats."""
+    return steps_part(options, [] if options.tiny else [("captured and compiled", name, "bfloat16", 128)
+                                                        for name in MEMORY_FORMATS])
 
 
 def batch_sizes(options: Options) -> list[str]:
     """Larger batches."""
-    return steps_part(options, [("captured", *each, size) for size in (128, 512, 1024)
-                                for each in (("channels_last", "bfloat16"), ("contiguous", "bfloat16"))])
+    return steps_part(options, [(how, "channels_last", "bfloat16", size) for size in (512, 1024)
+                                for how in ("captured", "captured, fused")])
 
 
 # ---------------------------------------------------------------- the program
@@ -149,22 +156,22 @@ def start_up(options: Options) -> list[str]:
     lines = [f"{'from starting Python, seconds':<34} {'imports':>8} {'data, net':>10} {'first step':>11}"]
     code = ("import time; began = time.perf_counter(); import sys, json; sys.path.insert(0, sys.argv[1])\n"
             "from benchmarks.cuda_speed import Options, wait; imported = time.perf_counter()\n"
-            "program = Options(sys.argv[2], sys.argv[3] == 'True').program(batches='device', capture=sys.argv[4])\n"
+            "program = Options(sys.argv[2], sys.argv[3] == 'True').program(batches='device', **json.loads(sys.argv[4]))\n"
             "batch = next(iter(program.batches.shuffled('train', 0))); made = time.perf_counter()\n"
             "program.step(*batch); wait(program.device)\n"
             "print(json.dumps([imported - began, made - began, time.perf_counter() - began]))")
-    for capture in ("off", "auto"):
-        command = [sys.executable, "-c", code, str(ROOT), options.data_dir, str(options.tiny), capture]
+    for name, settings in WAYS.items():
+        command = [sys.executable, "-c", code, str(ROOT), options.data_dir, str(options.tiny), json.dumps(settings)]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        lines.append(f"{'main.py --capture ' + capture:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out)))
+        lines.append(f"{name:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out)))
     return lines
 
 
 def epochs(options: Options) -> list[str]:
     """Epochs with their tests, as main.py runs them: how long, and how long the GPU has nothing to do."""
     lines = [f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"]
-    for capture in ("off", "auto"):
-        program = options.program(batches="device", capture=capture)
+    for name, settings in WAYS.items():
+        program = options.program(batches="device", **settings)
         step, device = program.step, program.device
 
         def run(epoch: int, step=step, batches=program.batches, device=device) -> None:
@@ -180,8 +187,7 @@ def epochs(options: Options) -> list[str]:
         seconds = (time.perf_counter() - started) / 2
         memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
         idle, gap = idle_time([partial(run, 3), partial(run, 4)], device)
-        lines.append(f"{'--capture ' + capture + ': ' + (step.note or 'eager')[:24]:<42} {seconds:8.3f} {100 * idle:7.1f} % "
-                     f"{1e3 * gap:16.2f} {memory:6.2f}")
+        lines.append(f"{name:<42} {seconds:8.3f} {100 * idle:7.1f} % {1e3 * gap:16.2f} {memory:6.2f}   {step.note[:60]}")
     return lines
 
 
@@ -205,41 +211,62 @@ def idle_time(runs: list[Callable[[], None]], device: torch.device) -> tuple[flo
 
 
 def kernels(options: Options) -> list[str]:
-    """Where the time of an eager step goes, by kernel."""
-    program, steps = options.program(batches="device", capture="off"), 2 if options.tiny else 50
-    step, on_gpu = program.step, program.device.type == "cuda"
-    step.net.train()
-    batches: list[tuple[Tensor, Tensor]] = list(islice(program.batches.shuffled("train", 0), steps))
-    for batch in batches:
-        step(*batch)
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
+    """Where the time of a step goes, by kernel."""
+    lines = []
+    for name, settings in WAYS.items():
+        program, steps = options.program(batches="device", **settings), 2 if options.tiny else 50
+        step, on_gpu = program.step, program.device.type == "cuda"
+        step.net.train()
+        batches: list[tuple[Tensor, Tensor]] = list(islice(program.batches.shuffled("train", 0), steps))
         for batch in batches:
             step(*batch)
-        wait(program.device)
-    times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
-             for event in profiler.key_averages() if not event.is_user_annotation}
-    total = sum(spent for spent, _ in times.values()) or 1.0
-    most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
-    title = f"an eager step, {sum(count for _, count in times.values()) // steps} kernels"
-    return [f"{title:<90} {'us':>8} {'%':>6}",
-            *(f"{f'{count / steps:.0f} x {name}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
-              for name, (spent, count) in most)]
+        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            for batch in batches:
+                step(*batch)
+            wait(program.device)
+        times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
+                 for event in profiler.key_averages() if not event.is_user_annotation}
+        total = sum(spent for spent, _ in times.values()) or 1.0
+        most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
+        title = f"a step, {name}: {sum(count for _, count in times.values()) // steps} kernels, {total / steps:.0f} us"
+        lines += [f"{title:<90} {'us':>8} {'%':>6}",
+                  *(f"{f'{count / steps:.0f} x {kernel}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
+                    for kernel, (spent, count) in most)]
+    return lines
 
 
 # ---------------------------------------------------------------- others, and a whole run
 
+def ours(options: Options, settings: dict[str, str]) -> Measured:
+    """The program's own epochs and tests, measured as the others'."""
+    program = options.program(batches="device", **settings)
+    step, batches, device, epoch = program.step, program.batches, program.device, count()
+
+    def train(batches: Batches) -> None:
+        with tqdm(disable=True) as bar:
+            train_epoch(step, batches, lambda images: 0.01, bar)
+
+    measured = timed(train, lambda: batches.shuffled("train", next(epoch)), 0, device)
+    return measured | {"test": timed(lambda parts: evaluate(step.net, parts, device), lambda: batches.in_order("test"), 0,
+                                     device)["train"]}
+
+
 def others(options: Options) -> list[str]:
-    """The script most people write, and a loop in the style of the fastest, on the same network."""
+    """The program beside the script most people write, and a loop in the style of the fastest, on the same network."""
     if options.tiny:
         return ["the usual script and the fastest public style: left out, they need CIFAR-10"]
     arguments = argparse.Namespace(data_dir=options.data_dir, device="cuda", steps=40)
-    lines = [f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10}"]
-    for name, measure in (("the usual script, 8 workers", lambda: usual_script(arguments, 8, available_cores())),
-                          ("the fastest public style", lambda: fast_public_style(arguments))):
+    lines, usual = [f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10} {'train, ratio':>13}"], 0.0
+    measures: dict[str, Callable[[], Measured]] = {
+        "the usual script, 8 workers": lambda: usual_script(arguments, 8, available_cores()),
+        **{f"main.py, {name}": partial(ours, options, settings) for name, settings in WAYS.items()},
+        "the fastest public style": lambda: fast_public_style(arguments)}
+    for name, measure in measures.items():
         try:
             measured = measure()
-            lines.append(f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f}")
+            usual = usual or measured["train"]
+            lines.append(f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f} {measured['train'] / usual:13.1f}")
         except Exception as error:  # of a compiler that is missing
             lines.append(f"{name:<34} left out: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
     return lines
@@ -247,18 +274,21 @@ def others(options: Options) -> list[str]:
 
 def whole_run(options: Options) -> list[str]:
     """python main.py, 80 epochs end to end."""
-    count = 1 if options.tiny else 80
-    with tempfile.TemporaryDirectory() as logs:
-        command, started = options.command("--epochs", str(count), "--log-dir", logs), time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - started
-        accuracy = read_log(Path(logs) / "model_accuracy.log")[1][-1]["test_acc"]
-    return [f"python main.py --epochs {count}: {seconds:.1f} s from start to end, {accuracy} % of the test images correct"]
+    number, lines = 1 if options.tiny else 80, []
+    for settings in ({"capture": "on"}, {"capture": "on", "kernels": "fused"}):
+        with tempfile.TemporaryDirectory() as logs:
+            started = time.perf_counter()
+            subprocess.run(options.command(epochs=number, log_dir=logs, **settings), check=True, stdout=subprocess.DEVNULL)
+            seconds, rows = time.perf_counter() - started, read_log(Path(logs) / "model_accuracy.log")[1]
+        flags = " ".join(f"--{name} {value}" for name, value in settings.items())
+        lines.append(f"python main.py --epochs {number} {flags}: {seconds:.1f} s in all, {rows[0]['seconds']:.1f} s "
+                     f"in the first epoch; {rows[-1]['test_acc']} % of the test images correct")
+    return lines
 
 
 PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {  # the most important first; seconds that each may take
-    "formats": (formats, 100), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 40),
-    "start_up": (start_up, 60), "batch_sizes": (batch_sizes, 40), "compiled": (compiled, 120), "others": (others, 150)}
+    "formats": (formats, 90), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
+    "others": (others, 150), "start_up": (start_up, 80), "batch_sizes": (batch_sizes, 60), "compiled": (compiled, 120)}
 
 
 def run_part(name: str, options: Options, seconds: float) -> list[str]:
@@ -277,6 +307,7 @@ def run_part(name: str, options: Options, seconds: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="for everything")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the parts on a CPU, writes nothing
     arguments = parser.parse_args()
@@ -289,7 +320,7 @@ def main() -> None:
     began = time.monotonic()
     lines = [f"CUDA, {describe_device(options.device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", ""]
     for name, (_, limit) in PARTS.items():
-        left = SECONDS - (time.monotonic() - began)
+        left = arguments.seconds - (time.monotonic() - began)
         part = run_part(name, options, min(limit, left)) if left > 10 else [f"{name}: left out, no time is left"]
         print("\n".join(part), end="\n\n", flush=True)
         lines += [*part, ""]

@@ -28,13 +28,14 @@ class _Features(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, layers, *parameters):
         images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
-        maps, norm = kernels.input_forward(images, first.weight, first_norm)
+        depthwises = [depthwise for depthwise, _, _ in blocks] + [None]
+        maps, norm = kernels.input_forward(images, first.weight, first_norm, depthwises[0])
         size, saved = images.shape[:3], []
-        for depthwise, pointwise, layer in blocks:
-            between, *out = kernels.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer)
+        for (depthwise, pointwise, layer), following in zip(blocks, depthwises[1:], strict=True):
+            between, *out = kernels.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
             saved.append((maps, norm, size, between))
             maps, norm, size = out  # type: ignore[assignment]
-        ctx.blocks, ctx.images, ctx.saved, ctx.last = blocks, images, saved, (maps, norm, size)
+        ctx.first, ctx.blocks, ctx.images, ctx.saved, ctx.last = first, blocks, images, saved, (maps, norm, size)
         return kernels.pool_forward(maps, norm, len(images))
 
     @staticmethod
@@ -50,7 +51,7 @@ class _Features(torch.autograd.Function):
                                                                   depthwise)
             found += [weights, filters]
             maps, norm, out_size = maps_in, norm_in, size
-        found += [sums[0], sums[1], kernels.input_weights(gradients, maps, norm, sums, ctx.images)]
+        found += [sums[0], sums[1], kernels.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
         return None, None, *reversed(found)
 
 

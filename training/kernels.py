@@ -1,21 +1,24 @@
 """Triton kernels that train a depthwise-separable network, and what launches them.
 
 Activations are bfloat16, rows x channels: a row is a pixel, images one after another, in channels_last order. Only what the
-convolutions return is stored (`maps`): BatchNorm and ReLU are applied wherever it is loaded, by a `norm`, float32 4 x channels:
-mean, 1 / standard deviation, scale, shift. Sums over all rows have the same bits in each run: each program adds up its own
-rows and stores that sum in `partial`, then another kernel adds up the programs' sums. Channels are multiples of 32.
+convolutions return is stored (`maps`): BatchNorm and ReLU are applied wherever it is loaded, by a `norm`, float32 13 x
+channels: mean, 1 / standard deviation, scale, shift, and the nine weights of the depthwise convolution that follows, in this
+order so that neighbouring channels are loaded together. Sums over all rows have the same bits in each run: each program adds up
+its own rows and stores that sum in `partial`, then another kernel adds up the programs' sums. Channels are multiples of 32.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import BatchNorm2d, Conv2d
 
 TAPS = tl.constexpr(9)
-MEAN, RSTD, SCALE, SHIFT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+MEAN, RSTD, SCALE, SHIFT, TAP = (tl.constexpr(row) for row in range(5))  # rows of a norm
+NORM_ROWS = 13
 DEPTHWISE_SUMS = tl.constexpr(11)  # the gradients of nine weights, the sums of the gradient and of the gradient times the map
 IMAGE_TAPS = tl.constexpr(27)  # nine pixels of three channels
-PARTIAL = tl.constexpr(128)  # programs whose sums are added up at once
+AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes, the least that memory delivers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -41,10 +44,10 @@ def _store(rows_of, row, channel, valid, values, CHANNELS: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(partial, sums, channel, NUMBER: tl.constexpr, CHANNELS: tl.constexpr):
-    """Store what a program has added up, `sums` rows x channels each, as one of `partial`, programs x NUMBER x channels."""
-    for each in tl.static_range(NUMBER):
-        tl.store(partial + (tl.program_id(0) * NUMBER + each) * CHANNELS + channel, tl.sum(sums[each], 0))
+def _store_sums(partial, sums, channel, CHANNELS: tl.constexpr):
+    """Store the two sums that a program has added up, rows x channels each, as 2 x channels."""
+    tl.store(partial + channel, tl.sum(sums[0], 0))
+    tl.store(partial + CHANNELS + channel, tl.sum(sums[1], 0))
 
 
 @triton.jit
@@ -96,11 +99,11 @@ def _input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.con
         result = _dot(patches, weight.to(tl.bfloat16), zero).to(tl.bfloat16)
         _store(maps, row, out, valid, result, OUT)
         sums = _add_statistics(sums, result, center, valid)
-    _store_sums(partial, sums, out, 2, OUT)
+    _store_sums(partial + tl.program_id(0) * 2 * OUT, sums, out, OUT)
 
 
 @triton.jit
-def _separable_forward(maps_in, norm, depthwise, pointwise, between, maps, centers, partial, rows,
+def _separable_forward(maps_in, norm, pointwise, between, maps, centers, partial, rows,
                        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
                        IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
                        ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
@@ -124,7 +127,7 @@ def _separable_forward(maps_in, norm, depthwise, pointwise, between, maps, cente
                 inside = valid & (yy >= 0) & (yy < HEIGHT) & (xx >= 0) & (xx < WIDTH)
                 z = _load(maps_in, (image * HEIGHT + yy) * WIDTH + xx, channel, inside, IN)
                 activation = tl.where(inside[:, None], tl.maximum(z * scale[None, :] + shift[None, :], 0.0), 0.0)
-                filtered += activation * tl.load(depthwise + channel * TAPS + tap)[None, :]
+                filtered += activation * tl.load(norm + (TAP + tap) * IN + channel)[None, :]
             rounded = filtered.to(tl.bfloat16)
             if part == 0:
                 _store(between, row, channel, valid, rounded, IN)
@@ -133,34 +136,27 @@ def _separable_forward(maps_in, norm, depthwise, pointwise, between, maps, cente
         result = total.to(tl.bfloat16)
         _store(maps, row, out, valid, result, OUT)
         sums = _add_statistics(sums, result, center, valid)
-    _store_sums(partial, sums, out, 2, OUT)
+    _store_sums(partial + tl.program_id(0) * 2 * OUT, sums, out, OUT)
 
 
 @triton.jit
-def _sum_programs(partial, total, programs, VALUES: tl.constexpr):
-    """The sum over the programs of 32 of the VALUES that each has stored."""
-    value = tl.program_id(0) * 32 + tl.arange(0, 32)
-    found = tl.zeros((32,), tl.float32)
-    for start in range(0, programs, PARTIAL):
-        program = start + tl.arange(0, PARTIAL)
-        found += tl.sum(_load(partial, program, value, program < programs, VALUES), 0)
-    tl.store(total + value, found)
+def _sum_programs(partial, total, programs, VALUES: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr):
+    """The sum over the programs, at most PROGRAMS, of EACH of the VALUES that each has stored."""
+    value, program = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, PROGRAMS)
+    tl.store(total + value, tl.sum(_load(partial, program, value, program < programs, VALUES), 0))
 
 
 @triton.jit
-def _finish_norm(partial, gamma, beta, running_mean, running_var, norm, programs, rows, momentum, epsilon,
-                 CHANNELS: tl.constexpr):
-    """The norm of 32 channels from the programs' sums, and the running statistics. The sums are of differences from the running
-    mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the sample
-    variance", shifted data)."""
-    channel = tl.program_id(0) * 32 + tl.arange(0, 32)
-    total, squares = tl.zeros((32,), tl.float32), tl.zeros((32,), tl.float32)
-    for start in range(0, programs, PARTIAL):
-        program = start + tl.arange(0, PARTIAL)
-        total += tl.sum(_load(partial, 2 * program, channel, program < programs, CHANNELS), 0)
-        squares += tl.sum(_load(partial, 2 * program + 1, channel, program < programs, CHANNELS), 0)
-    before, difference = tl.load(running_mean + channel), total / rows
-    mean, variance = before + difference, tl.maximum(squares / rows - difference * difference, 0.0)
+def _finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm, programs, rows, momentum, epsilon,
+                 CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr, FILTERED: tl.constexpr):
+    """The norm of EACH channels from the programs' sums, and the running statistics. The sums are of differences from the
+    running mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the
+    sample variance", shifted data). FILTERED: a depthwise convolution follows."""
+    channel, program = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, PROGRAMS)
+    difference = tl.sum(_load(partial, 2 * program, channel, program < programs, CHANNELS), 0) / rows
+    square = tl.sum(_load(partial, 2 * program + 1, channel, program < programs, CHANNELS), 0) / rows
+    before = tl.load(running_mean + channel)
+    mean, variance = before + difference, tl.maximum(square - difference * difference, 0.0)
     rstd = 1 / tl.sqrt(variance + epsilon)
     scale = tl.load(gamma + channel) * rstd
     tl.store(norm + MEAN * CHANNELS + channel, mean)
@@ -170,6 +166,9 @@ def _finish_norm(partial, gamma, beta, running_mean, running_var, norm, programs
     tl.store(running_mean + channel, before + momentum * difference)
     before = tl.load(running_var + channel)
     tl.store(running_var + channel, before + momentum * (variance * rows / (rows - 1) - before))
+    if FILTERED:
+        for tap in tl.static_range(TAPS):
+            tl.store(norm + (TAP + tap) * CHANNELS + channel, tl.load(depthwise + channel * TAPS + tap))
 
 
 @triton.jit
@@ -212,7 +211,7 @@ def _pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXE
         _store(gradients, row, channel, valid, gradient, CHANNELS)
         z = _load(maps, row, channel, valid, CHANNELS)
         sums = _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid)
-    _store_sums(partial, sums, channel, 2, CHANNELS)
+    _store_sums(partial + tl.program_id(0) * 2 * CHANNELS, sums, channel, CHANNELS)
 
 
 @triton.jit
@@ -247,7 +246,7 @@ def _pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: 
 
 
 @triton.jit
-def _depthwise_backward(between_gradients, maps_in, norm, depthwise, gradients, partial, rows,
+def _depthwise_backward(between_gradients, maps_in, norm, gradients, partial, rows,
                         HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
                         CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr):
     """The gradients of the block's input, and the sums of the weights' gradients and for the BatchNorm before."""
@@ -269,19 +268,22 @@ def _depthwise_backward(between_gradients, maps_in, norm, depthwise, gradients, 
             inside = inside & (down // STRIDE < OUT_HEIGHT) & (right // STRIDE < OUT_WIDTH)
             output = (image * OUT_HEIGHT + down // STRIDE) * OUT_WIDTH + right // STRIDE
             gradient = _load(between_gradients, output, channel, inside, CHANNELS)
-            total += gradient * tl.load(depthwise + channel * TAPS + tap)[None, :]
+            total += gradient * tl.load(norm + (TAP + tap) * CHANNELS + channel)[None, :]
             added = added + (weights[tap] + activation * gradient,)  # type: ignore[assignment]
         weights = added  # type: ignore[assignment]
         rounded = total.to(tl.bfloat16)
         _store(gradients, row, channel, valid, rounded, CHANNELS)
         sums = _add_norm_gradients(sums, rounded, z, mean, rstd, scale, shift, valid)
-    _store_sums(partial, weights + sums, channel, DEPTHWISE_SUMS, CHANNELS)
+    own = partial + tl.program_id(0) * DEPTHWISE_SUMS * CHANNELS
+    for tap in tl.static_range(TAPS):  # in the order of the weights in memory
+        tl.store(own + channel * TAPS + tap, tl.sum(weights[tap], 0))
+    _store_sums(own + TAPS * CHANNELS, sums, channel, CHANNELS)
 
 
 @triton.jit
 def _input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                    OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
-    """A program's sum of the gradients of the first convolution's weights, OUTS x 32, of which the last five are zero."""
+    """A program's sum of the gradients of the first convolution's weights, OUTS x 27."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)
     total = tl.zeros((OUTS, 32), tl.float32)
@@ -291,7 +293,8 @@ def _input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: t
         gradient = _gradient_before_norm(gradients, maps, norm, sums, row, out, valid, rows, OUT)
         patches = _image_patches(images, row, valid, HEIGHT, WIDTH)
         total = _dot(tl.trans(gradient.to(tl.bfloat16)), patches, total)
-    tl.store(partial + split * OUT * 32 + out[:, None] * 32 + value[None, :], total)
+    place = partial + (split * OUT + out[:, None]) * IMAGE_TAPS + value[None, :]
+    tl.store(place, total, mask=(value < IMAGE_TAPS)[None, :])
 
 
 # ---------------------------------------------------------------- launching them
@@ -318,24 +321,32 @@ def _part(channels: int) -> int:
     return 64 if channels % 64 == 0 else 32
 
 
+def _shares(partial: Tensor) -> dict[str, int]:
+    """How the sums of `partial` are added up: those of all programs at once, some 4096 at a time."""
+    programs = triton.next_power_of_2(len(partial))
+    return {"PROGRAMS": programs, "EACH": min(32, max(AT_ONCE, 4096 // programs))}
+
+
 def _sum(partial: Tensor) -> Tensor:
     """The sum over the first dimension, the programs."""
-    total = partial.new_empty(partial.shape[1:])
-    _sum_programs[(total.numel() // 32,)](partial, total, len(partial), VALUES=total.numel())
+    shares, total = _shares(partial), partial.new_empty(partial.shape[1:])
+    _sum_programs[(total.numel() // shares["EACH"],)](partial, total, len(partial), VALUES=total.numel(), **shares)
     return total
 
 
-def _norm(partial: Tensor, rows: int, layer: torch.nn.BatchNorm2d) -> Tensor:
+def _norm(partial: Tensor, rows: int, layer: BatchNorm2d, following: Conv2d | None) -> Tensor:
     """The norm of the layer, whose running statistics are updated, from the programs' sums."""
-    programs, _, channels = partial.shape
-    norm = partial.new_empty(4, channels)
-    _finish_norm[(channels // 32,)](partial, layer.weight, layer.bias, layer.running_mean, layer.running_var, norm, programs,
-                                    rows, layer.momentum, layer.eps, CHANNELS=channels)
+    shares, channels = _shares(partial), partial.shape[-1]
+    norm = partial.new_empty(NORM_ROWS, channels)
+    _finish_norm[(channels // shares["EACH"],)](
+        partial, layer.weight, layer.bias, layer.running_mean, layer.running_var, following.weight if following else norm, norm,
+        len(partial), rows, layer.momentum, layer.eps, CHANNELS=channels, FILTERED=following is not None, **shares)
     return norm
 
 
-def input_forward(images: Tensor, weight: Tensor, layer: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """The first convolution of images float32 N x H x W x 3: its maps and their norm."""
+def input_forward(images: Tensor, weight: Tensor, layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor]:
+    """The first convolution of images float32 N x H x W x 3: its maps and their norm, for the depthwise convolution
+    `following`."""
     (number, height, width, _), out, (most, options) = images.shape, len(weight), CONVOLVE
     rows, outs = number * height * width, _part(out)
     each = _rows_each(rows, out // outs, most)
@@ -344,12 +355,13 @@ def input_forward(images: Tensor, weight: Tensor, layer: torch.nn.BatchNorm2d) -
     _input_forward[(len(partial), out // outs)](
         images, weight, maps, layer.running_mean, partial, rows, HEIGHT=height, WIDTH=width, OUT=out, ROWS=each, OUTS=outs,
         **options)
-    return maps, _norm(partial, rows, layer)
+    return maps, _norm(partial, rows, layer, following)
 
 
-def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int], depthwise: torch.nn.Conv2d, pointwise: Tensor,
-                      layer: torch.nn.BatchNorm2d) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
-    """A block on maps of the size N, H, W. Returns what is between its convolutions, its maps, their norm and their size."""
+def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int], depthwise: Conv2d, pointwise: Tensor,
+                      layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
+    """A block on maps of the size N, H, W. Returns what is between its convolutions, its maps, their norm for the depthwise
+    convolution `following`, and their size."""
     (number, height, width), (most, options) = size, CONVOLVE
     stride, dilation, (out, channels) = depthwise.stride[0], depthwise.dilation[0], pointwise.shape[:2]
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
@@ -358,10 +370,10 @@ def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],
     between, maps = maps_in.new_empty(rows, channels), maps_in.new_empty(rows, out)
     partial = norm.new_empty(_programs(rows, each, out // outs), 2, out)
     _separable_forward[(len(partial), out // outs)](
-        maps_in, norm, depthwise.weight, pointwise, between, maps, layer.running_mean, partial, rows,
+        maps_in, norm, pointwise, between, maps, layer.running_mean, partial, rows,
         HEIGHT=height, WIDTH=width, OUT_HEIGHT=out_height, OUT_WIDTH=out_width, IN=channels, OUT=out, STRIDE=stride,
         DILATION=dilation, ROWS=each, INS=ins, OUTS=outs, **options)
-    return between, maps, _norm(partial, rows, layer), (number, out_height, out_width)
+    return between, maps, _norm(partial, rows, layer, following), (number, out_height, out_width)
 
 
 def pool_forward(maps: Tensor, norm: Tensor, number: int) -> Tensor:
@@ -401,24 +413,24 @@ def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tens
 
 
 def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],
-                       out_size: tuple[int, int, int], depthwise: torch.nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+                       out_size: tuple[int, int, int], depthwise: Conv2d) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the input maps after BatchNorm and ReLU, of the depthwise weights, and the sums for BatchNorm."""
     (rows, channels), (most, options) = maps_in.shape, FILTER
     gradients, each = torch.empty_like(maps_in), _rows_each(rows, channels // 32, most)
-    partial = norm.new_empty(_programs(rows, each, channels // 32), DEPTHWISE_SUMS.value, channels)
+    partial = norm.new_empty(_programs(rows, each, channels // 32), DEPTHWISE_SUMS.value * channels)
     _depthwise_backward[(len(partial), channels // 32)](
-        between_gradients, maps_in, norm, depthwise.weight, gradients, partial, rows, HEIGHT=size[1], WIDTH=size[2],
+        between_gradients, maps_in, norm, gradients, partial, rows, HEIGHT=size[1], WIDTH=size[2],
         OUT_HEIGHT=out_size[1], OUT_WIDTH=out_size[2], CHANNELS=channels, STRIDE=depthwise.stride[0],
         DILATION=depthwise.dilation[0], ROWS=each, **options)
-    total = _sum(partial)
-    return gradients, total[:9].t().reshape(channels, 1, 3, 3), total[9:]
+    weights, sums = _sum(partial).split([9 * channels, 2 * channels])
+    return gradients, weights.as_strided(depthwise.weight.shape, depthwise.weight.stride()), sums.view(2, channels)
 
 
-def input_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, images: Tensor) -> Tensor:
+def input_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """The gradients of the first convolution's weights, out x 3 x 3 x 3."""
     (rows, out), (each, options) = maps.shape, SUM
-    partial = norm.new_empty(_programs(rows, each, out // 32), out, 32)
+    partial = norm.new_empty(_programs(rows, each, out // 32), out, IMAGE_TAPS.value)
     _input_weights[(len(partial), out // 32)](
         gradients, maps, norm, sums, images, partial, rows, HEIGHT=images.shape[1], WIDTH=images.shape[2], OUT=out, ROWS=each,
         OUTS=32, **options)
-    return _sum(partial)[:, :27].reshape(out, 3, 3, 3).permute(0, 3, 1, 2)
+    return _sum(partial).as_strided(weight.shape, weight.stride())

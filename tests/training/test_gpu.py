@@ -37,10 +37,10 @@ def device_batches(device: torch.device = CUDA, count: int = 5000, batch_size: i
     return DeviceBatches({"train": split, "test": split}, policies, batch_size, 0, device)
 
 
-def gpu_step(capture: str):
+def gpu_step(capture: str, kernels: str = "pytorch"):
     net = Net().to(CUDA, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
-    return make_step(net, optimizer, CUDA, Config(capture=capture, batches="device"))
+    return make_step(net, optimizer, CUDA, Config(capture=capture, kernels=kernels, batches="device"))
 
 
 # ---------------------------------------------------------------- the whole program
@@ -191,6 +191,14 @@ def test_the_self_check_finds_captured_steps_equal_but_for_rounding():
     step(*next(iter(batches.shuffled("train", 0))))
     assert step.possible, step.note
     assert step.difference < 0.1
+
+
+def test_a_step_by_the_fused_kernels_agrees_with_an_eager_one():
+    step = gpu_step("on", kernels="fused")
+    step(*next(iter(device_batches().shuffled("train", 0))))
+    assert step.possible, step.note
+    assert "fused kernels (" in step.note
+    assert "ms a step" in step.note  # both were right, so that they were timed
 
 
 def test_auto_captures_where_training_could_go_on_after_a_failed_capture():
