@@ -15,7 +15,7 @@ from torch.nn import BatchNorm2d, Conv2d
 
 TAPS = tl.constexpr(9)
 MEAN, RSTD, SCALE, SHIFT, TAP = (tl.constexpr(row) for row in range(5))  # rows of a norm
-NORM_ROWS = 13
+NORM_ROWS = TAP.value + TAPS.value
 DEPTHWISE_SUMS = tl.constexpr(11)  # the gradients of nine weights, the sums of the gradient and of the gradient times the map
 IMAGE_TAPS = tl.constexpr(27)  # nine pixels of three channels
 AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes, the least that memory delivers
@@ -422,7 +422,7 @@ def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor,
         between_gradients, maps_in, norm, gradients, partial, rows, HEIGHT=size[1], WIDTH=size[2],
         OUT_HEIGHT=out_size[1], OUT_WIDTH=out_size[2], CHANNELS=channels, STRIDE=depthwise.stride[0],
         DILATION=depthwise.dilation[0], ROWS=each, **options)
-    weights, sums = _sum(partial).split([9 * channels, 2 * channels])
+    weights, sums = _sum(partial).split([TAPS.value * channels, 2 * channels])
     return gradients, weights.as_strided(depthwise.weight.shape, depthwise.weight.stride()), sums.view(2, channels)
 
 
