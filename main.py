@@ -29,7 +29,6 @@ from tqdm import tqdm
 from analysis.identity import describe_network
 from analysis.summary import torch_summary
 from batches.making import Batches, make_batches, make_policies, resolve_batches
-from commands.plot import draw_pictures
 from commands.start import STARTED, run_or_exit
 from config import Config, UserError, available_cores, net_settings
 from images.dataset import SIDE, Images
@@ -122,6 +121,8 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
         if processes.is_first:
             print_result(writer.folder)
             if config.pictures:
+                from commands.plot import draw_pictures  # loads Matplotlib, which would keep the first epoch waiting
+
                 with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
                     draw_pictures(net, whole, images, policies["train"], device, writer.folder)
             print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
