@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 
@@ -29,7 +30,7 @@ def _aligned(table: Table) -> list[str]:
     rows = [header, *(_cells(group, accuracies) for group in table.groups)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     room = WIDTH - sum(widths) - 2 * len(widths)
-    labels = ["settings", *(group.label for group in table.groups)]
+    labels = ["settings", *(_with_short_teachers(group.label) for group in table.groups)]
     label_width = min(room, max(map(len, labels)))
     lines = []
     for label, row in zip(labels, rows, strict=True):
@@ -39,10 +40,17 @@ def _aligned(table: Table) -> list[str]:
     return lines
 
 
+def _with_short_teachers(label: str) -> str:
+    """The label with several teachers joined by " + ", where a line can break, and without the dates of runs that have a name:
+    the digests tell them apart."""
+    label = re.sub(r"(?<=[ ,])\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-(?=[^ ,]+:[0-9a-f]{8})", "", label)
+    return re.sub(r"(:[0-9a-f]{8}),(?=[^ ])", r"\1 + ", label)
+
+
 def _wrapped(label: str, width: int) -> list[str]:
     """The lines of a label. A setting and its value stay in one line if they fit."""
     parts = [part.replace(" ", "\u00a0") if len(part) + 2 <= width else part for part in label.split(", ")]
-    return [line.replace("\u00a0", " ") for line in textwrap.wrap(", ".join(parts), width, subsequent_indent=" ")]
+    return [line.replace("\u00a0", " ").rstrip() for line in textwrap.wrap(", ".join(parts), width, subsequent_indent=" ")]
 
 
 def _cells(group: SettingGroup, accuracies: Sequence[str]) -> list[str]:

@@ -50,6 +50,14 @@ def test_with_validation_it_fits_too(make, tmp_path):
     assert re.search(r"^label_smoothing 0\.1 +2 +12\.95 +11\.95 +-68\.00 ±0\.21 +\d\.\d\d  significant$", text, re.MULTILINE)
 
 
+def test_teachers_are_told_without_the_dates_of_their_runs(make, tmp_path):
+    make(88, epochs=8, teacher="2026-11-26_12-12-23-one:98bfadf7,2026-11-26_12-12-45:2215ce86", lr=0.1)
+    make(87, epochs=8, teacher="2026-11-26_12-12-23-one:98bfadf7", lr=0.2)
+    text = as_text(compared(tmp_path))
+    assert re.search(r"^lr 0\.1, teacher one:98bfadf7 \+ +1 +88\.00 .*\n 2026-11-26_12-12-45:2215ce86$", text, re.MULTILINE)
+    assert re.search(r"^lr 0\.2, teacher one:98bfadf7 +1 +87\.00 ", text, re.MULTILINE)
+
+
 def test_what_all_groups_share_is_told_once(make, tmp_path):
     for changes in ({}, {"nesterov": True}, {"momentum": 0.8}):
         make(88, lr=0.05, epochs=8, **changes)
