@@ -83,8 +83,8 @@ class Config:
     capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, with "
                            "batches made on the device, after a check that the replay computes the same",
                            choices=("auto", "on", "off"))
-    kernels: str = setting("pytorch", "kernels of captured steps: pytorch, or fused: this program's own, where a check at the "
-                           "start finds them right and faster", choices=("pytorch", "fused"))
+    kernels: str = setting("pytorch", "kernels of captured steps: pytorch; or fused: Triton kernels of this program, if a "
+                           "check at the start finds them correct and faster", choices=("pytorch", "fused"))
     deterministic: bool = setting(False, "use deterministic kernels only, so that CUDA gives the same bits in every run")
     instruction_set: str = setting("auto", "CPU instructions to use: auto: all the processor has; avx2: at most AVX2, for the "
                                    "same bits on newer processors", choices=("auto", "avx2"))
@@ -115,8 +115,8 @@ class Config:
             raise UserError(f"--teacher is {self.teacher!r}: put one comma between two names, and none at the end")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
-        if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):
-            raise UserError(f"--name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.+=-, "
+        if not re.fullmatch(r"[A-Za-z0-9_.=-]{0,100}", self.name) or self.name.endswith(".safetensors"):
+            raise UserError(f"--name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.=-, "
                             "and must not end in .safetensors")
 
 

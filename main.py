@@ -65,8 +65,10 @@ RUN_BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} epochs, {remaining} left"
 
 def train(config: Config, unfinished: Unfinished | None = None, processes: Processes = ALONE, images: Images | None = None,
           teachers: Sequence[Weights] = ()) -> Path:
-    """Train a new run, or an unfinished one to its end. Returns the run's folder. `processes` are those that share the run. A
-    sweep hands over `images`, which its runs share; on a cluster also `teachers`, of which there may be no files."""
+    """Train a new run, or resume `unfinished`. Returns the run's folder. `processes`: the processes of this run. `images` and
+    `teachers`: already loaded, by a sweep. Raises UserError for what the user can change, and Diverged where the loss is no
+    longer finite."""
+    in_sweep = images is not None
     refuse_run_folder(Path(config.log_dir))
     if config.tensorboard:
         check_tensorboard()
@@ -117,6 +119,8 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
         writer.start_log(network_summary)
         processes.broadcast_state(net, optimizer)
         run_epochs(config, images, batches, step, writer)
+        if device.type == "cuda" and step.first_done and not in_sweep:
+            writer.add_notes(f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
         writer.finish()
         if processes.is_first:
             print_result(writer.folder)
@@ -157,8 +161,6 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
         for epoch in range(first, config.epochs):
             last = epoch == config.epochs - 1
             row = run_epoch(config, images, batches, step, epoch, last)
-            if epoch == first and step.device.type == "cuda":
-                writer.add_notes(f"from the program's start to the first step: {step.first_done - STARTED:.1f} s")
             if step.note != noted:  # the capture of a batch of a new size may have changed it
                 noted = step.note
                 writer.add_notes(noted)

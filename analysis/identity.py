@@ -15,8 +15,6 @@ from torch import fx, nn
 
 from analysis.receptive_field import convolutions, in_mode
 
-EQUIVALENT_LAYERS = {"FastDilatedConv2d": "Conv2d"}  # training/dilated.py: another way to compute the same
-
 
 def describe_network(net: nn.Module) -> dict[str, Any]:
     """What config.json says of `net`: its trainable parameters; the multiply-adds of its convolutions for one image; the
@@ -53,18 +51,11 @@ def network_identity(net: nn.Module) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-class _Tracer(fx.Tracer):
-    """Follows the code of every module but torch's own layers and their stand-ins."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m).__name__ in EQUIVALENT_LAYERS or super().is_leaf_module(m, module_qualified_name)
-
-
 def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
     """The operations of a forward pass, in order; each refers to earlier ones by their numbers."""
     with in_mode(net, training), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)  # a draw may decide which way the code goes
-        graph = _Tracer().trace(net)
+        graph = fx.Tracer().trace(net)
     numbers = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         operation: Any = node.target
@@ -90,11 +81,10 @@ def _describe_tensors(net: nn.Module) -> dict[str, list[Any]]:
 def _describe_layer(layer: nn.Module, name: str = "") -> list[Any]:
     """The class of a layer, its settings, and the same of the layers inside; its name only where it has weights, by which
     they are told apart."""
-    kind = type(layer).__name__
     settings = {key: _describe_value(value) for key, value in vars(layer).items() if key[0] != "_" and key != "training"}
     inside = [_describe_layer(child, key) for key, child in layer.named_children()]
     weighted = any(True for _ in chain(layer.parameters(), layer.buffers()))
-    return [EQUIVALENT_LAYERS.get(kind, kind), name if weighted else "", settings, inside]
+    return [type(layer).__name__, name if weighted else "", settings, inside]
 
 
 def _describe_constant(net: nn.Module, name: str) -> Any:
@@ -133,7 +123,7 @@ def _sources(net: nn.Module) -> list[str]:
     and so is a class whose source can't be found."""
     files = set()
     for module in net.modules():
-        if not type(module).__module__.startswith("torch.") and type(module).__name__ not in EQUIVALENT_LAYERS:
+        if not type(module).__module__.startswith("torch."):
             files.add(inspect.unwrap(type(module).forward).__code__.co_filename)
     return sorted(_plain_source(Path(file)) for file in files if Path(file).is_file())
 

@@ -10,12 +10,14 @@ torch imports.)
 
 import argparse
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
@@ -43,7 +45,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "cuda.txt"
 SECONDS = 480  # for everything
 WAYS = {"eager": {"capture": "off"}, "captured": {"capture": "on"},  # to run the program, by its settings
         "captured, fused kernels": {"capture": "on", "kernels": "fused"}}
-RESULT = "result: "  # before the line of a part's process that holds its lines
+RESULT = "result: "  # before the lines of a part's process that are its results
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -119,16 +121,15 @@ def step_seconds(options: Options, how: str, memory_format: str, dtype: str, bat
     return f"{1e3 * seconds:9.3f} {batch_size / seconds:12,.0f} {once:9.1f}   {note}".rstrip()
 
 
-def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> list[str]:
+def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> Iterator[str]:
     """A row for each way to run a step."""
-    lines = [f"{'a step on images that are there':<58} {'ms':>9} {'images/s':>12} {'first, s':>9}"]
+    yield f"{'a step on images that are there':<58} {'ms':>9} {'images/s':>12} {'first, s':>9}"
     for way in ways:
-        lines.append(f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}")
+        yield f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}"
         torch.compiler.reset()
-    return lines
 
 
-def formats(options: Options) -> list[str]:
+def formats(options: Options) -> Iterator[str]:
     """The default, eager and captured; the fused kernels, which Triton compiles before the first step; and captured in other
     memory formats and dtypes."""
     default = ("channels_last", "bfloat16", 128)
@@ -137,13 +138,13 @@ def formats(options: Options) -> list[str]:
     return steps_part(options, [*ways, *(way for way in others if way not in ways)])
 
 
-def compiled(options: Options) -> list[str]:
+def compiled(options: Options) -> Iterator[str]:
     """Captured and compiled steps, in both memory formats."""
     return steps_part(options, [] if options.tiny else [("captured and compiled", name, "bfloat16", 128)
                                                         for name in MEMORY_FORMATS])
 
 
-def batch_sizes(options: Options) -> list[str]:
+def batch_sizes(options: Options) -> Iterator[str]:
     """Larger batches."""
     return steps_part(options, [(how, "channels_last", "bfloat16", size) for size in (512, 1024)
                                 for how in ("captured", "captured, fused")])
@@ -151,9 +152,9 @@ def batch_sizes(options: Options) -> list[str]:
 
 # ---------------------------------------------------------------- the program
 
-def start_up(options: Options) -> list[str]:
+def start_up(options: Options) -> Iterator[str]:
     """Seconds from starting Python to the end of the first step, on images that are in memory."""
-    lines = [f"{'from starting Python, seconds':<34} {'imports':>8} {'data, net':>10} {'first step':>11}"]
+    yield f"{'from starting Python, seconds':<34} {'imports':>8} {'data, net':>10} {'first step':>11}"
     code = ("import time; began = time.perf_counter(); import sys, json; sys.path.insert(0, sys.argv[1])\n"
             "from benchmarks.cuda_speed import Options, wait; imported = time.perf_counter()\n"
             "program = Options(sys.argv[2], sys.argv[3] == 'True').program(batches='device', **json.loads(sys.argv[4]))\n"
@@ -163,13 +164,12 @@ def start_up(options: Options) -> list[str]:
     for name, settings in WAYS.items():
         command = [sys.executable, "-c", code, str(ROOT), options.data_dir, str(options.tiny), json.dumps(settings)]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
-        lines.append(f"{name:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out)))
-    return lines
+        yield f"{name:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out))
 
 
-def epochs(options: Options) -> list[str]:
+def epochs(options: Options) -> Iterator[str]:
     """Epochs with their tests, as main.py runs them: how long, and how long the GPU has nothing to do."""
-    lines = [f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"]
+    yield f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"
     for name, settings in WAYS.items():
         program = options.program(batches="device", **settings)
         step, device = program.step, program.device
@@ -187,8 +187,7 @@ def epochs(options: Options) -> list[str]:
         seconds = (time.perf_counter() - started) / 2
         memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
         idle, gap = idle_time([partial(run, 3), partial(run, 4)], device)
-        lines.append(f"{name:<42} {seconds:8.3f} {100 * idle:7.1f} % {1e3 * gap:16.2f} {memory:6.2f}   {step.note[:60]}")
-    return lines
+        yield f"{name:<42} {seconds:8.3f} {100 * idle:7.1f} % {1e3 * gap:16.2f} {memory:6.2f}   {step.note[:60]}"
 
 
 def idle_time(runs: list[Callable[[], None]], device: torch.device) -> tuple[float, float]:
@@ -210,9 +209,8 @@ def idle_time(runs: list[Callable[[], None]], device: torch.device) -> tuple[flo
     return 1 - busy / (end - kernels[0][0]), gap / 1e9
 
 
-def kernels(options: Options) -> list[str]:
+def kernels(options: Options) -> Iterator[str]:
     """Where the time of a step goes, by kernel."""
-    lines = []
     for name, settings in WAYS.items():
         program, steps = options.program(batches="device", **settings), 2 if options.tiny else 50
         step, on_gpu = program.step, program.device.type == "cuda"
@@ -230,10 +228,9 @@ def kernels(options: Options) -> list[str]:
         total = sum(spent for spent, _ in times.values()) or 1.0
         most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
         title = f"a step, {name}: {sum(count for _, count in times.values()) // steps} kernels, {total / steps:.0f} us"
-        lines += [f"{title:<90} {'us':>8} {'%':>6}",
-                  *(f"{f'{count / steps:.0f} x {kernel}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
-                    for kernel, (spent, count) in most)]
-    return lines
+        yield f"{title:<90} {'us':>8} {'%':>6}"
+        for kernel, (spent, times_run) in most:
+            yield f"{f'{times_run / steps:.0f} x {kernel}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
 
 
 # ---------------------------------------------------------------- others, and a whole run
@@ -252,12 +249,14 @@ def ours(options: Options, settings: dict[str, str]) -> Measured:
                                      device)["train"]}
 
 
-def others(options: Options) -> list[str]:
+def others(options: Options) -> Iterator[str]:
     """The program beside the script most people write, and a loop in the style of the fastest, on the same network."""
     if options.tiny:
-        return ["the usual script and the fastest public style: left out, they need CIFAR-10"]
+        yield "the usual script and the fastest public style: left out, they need CIFAR-10"
+        return
     arguments = argparse.Namespace(data_dir=options.data_dir, device="cuda", steps=40)
-    lines, usual = [f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10} {'train, ratio':>13}"], 0.0
+    yield f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10} {'train, ratio':>13}"
+    usual = 0.0
     measures: dict[str, Callable[[], Measured]] = {
         "the usual script, 8 workers": lambda: usual_script(arguments, 8, available_cores()),
         **{f"main.py, {name}": partial(ours, options, settings) for name, settings in WAYS.items()},
@@ -266,42 +265,43 @@ def others(options: Options) -> list[str]:
         try:
             measured = measure()
             usual = usual or measured["train"]
-            lines.append(f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f} {measured['train'] / usual:13.1f}")
+            yield f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f} {measured['train'] / usual:13.1f}"
         except Exception as error:  # of a compiler that is missing
-            lines.append(f"{name:<34} left out: {type(error).__name__}: {str(error).splitlines()[0][:80]}")
-    return lines
+            yield f"{name:<34} left out: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
 
-def whole_run(options: Options) -> list[str]:
+def whole_run(options: Options) -> Iterator[str]:
     """python main.py, 80 epochs end to end."""
-    number, lines = 1 if options.tiny else 80, []
+    number = 1 if options.tiny else 80
     for settings in (settings for name, settings in WAYS.items() if name != "eager"):
         with tempfile.TemporaryDirectory() as logs:
             started = time.perf_counter()
             subprocess.run(options.command(epochs=number, log_dir=logs, **settings), check=True, stdout=subprocess.DEVNULL)
             seconds, rows = time.perf_counter() - started, read_log(Path(logs) / "model_accuracy.log")[1]
         flags = " ".join(f"--{name} {value}" for name, value in settings.items())
-        lines.append(f"python main.py --epochs {number} {flags}: {seconds:.1f} s in all, {rows[0]['seconds']:.1f} s "
-                     f"in the first epoch; {rows[-1]['test_acc']} % of the test images correct")
-    return lines
+        yield (f"python main.py --epochs {number} {flags}: {seconds:.1f} s in all, {rows[0]['seconds']:.1f} s in the first "
+               f"epoch; {rows[-1]['test_acc']} % of the test images correct")
 
 
-PARTS: dict[str, tuple[Callable[[Options], list[str]], int]] = {  # the most important first; seconds that each may take
-    "formats": (formats, 90), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
+PARTS: dict[str, tuple[Callable[[Options], Iterator[str]], int]] = {  # the most important first; seconds that each may take
+    "formats": (formats, 120), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
     "others": (others, 150), "start_up": (start_up, 80), "batch_sizes": (batch_sizes, 60), "compiled": (compiled, 120)}
 
 
 def run_part(name: str, options: Options, seconds: float) -> list[str]:
-    """The lines of a part, run in a process of its own for at most that long."""
+    """The lines of a part, run in a process of its own for at most that long; where it fails, those before, and why."""
     command = [sys.executable, __file__, "--part", name, "--data-dir", options.data_dir, *(["--tiny"] if options.tiny else [])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ending = ""
     try:
-        out = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+        out, err = process.communicate(timeout=seconds)
+        if process.returncode:
+            ending = f"{name}: failed: {(err.strip().splitlines() or ['it said nothing'])[-1][:120]}"
     except subprocess.TimeoutExpired:
-        return [f"{name}: left out, it took more than {seconds:.0f} s"]
-    found = [line for line in out.stdout.splitlines() if line.startswith(RESULT)]
-    if out.returncode or not found:
-        return [f"{name}: failed: {(out.stderr.strip().splitlines() or ['it said nothing'])[-1][:120]}"]
-    return json.loads(found[-1][len(RESULT):])
+        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        out, ending = process.communicate()[0], f"{name}: stopped, it took more than {seconds:.0f} s"
+    lines = [line.removeprefix(RESULT) for line in out.splitlines() if line.startswith(RESULT)]
+    return [*lines, *([ending] if ending else [])]
 
 
 def main() -> None:
@@ -315,7 +315,8 @@ def main() -> None:
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("benchmarks/cuda_speed.py measures on a CUDA GPU, and this PyTorch finds none")
     if arguments.part:
-        print(RESULT + json.dumps(PARTS[arguments.part][0](options)))
+        for line in PARTS[arguments.part][0](options):
+            print(RESULT + line, flush=True)
         return
     began = time.monotonic()
     lines = [f"CUDA, {describe_device(options.device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", ""]

@@ -28,6 +28,7 @@ from experiments.comparison import make_tables
 from experiments.report import as_text
 from experiments.statistics import LEVEL
 from images.dataset import SIDE
+from images.names import plural
 from model import Net
 from runs.record import CONFIG, Run, read_run
 
@@ -117,12 +118,12 @@ def result_line() -> str:
     """What the network reaches, in one line, beside its nearest peer."""
     ours, latency, peer = describe_network(Net()), latencies(), peers()[NEAREST]
     theirs = describe_network(peer.net)
-    (taught, _, _), (mean, std, count) = accuracy("best"), accuracy("strong")
+    (taught, taught_std, seeds), (mean, std, count) = accuracy("best"), accuracy("strong")
     return (f"**{ours['parameters']:,} parameters, {ours['multiply_adds'] / 1e6:.2f} M multiply-adds, "
-            f"{taught:.2f} % of the test images correct** (`best`, one seed; `strong`, without a teacher, "
-            f"{plus_minus(mean, std)} over {count} seeds), **{latency[OURS]} ms** an image on one CPU thread. Nearest "
-            f"peer, {NEAREST}: {theirs['parameters']:,}, {theirs['multiply_adds'] / 1e6:.2f} M, "
-            f"{peer.accuracy:.2f} % as published, {latency[NEAREST]} ms.")
+            f"{plus_minus(taught, taught_std)} % of the test images correct** (`best`, {plural(seeds, 'seed')}; `strong`, "
+            f"without a teacher, {plus_minus(mean, std)}, {plural(count, 'seed')}), **{latency[OURS]} ms** an image on one CPU "
+            f"thread. Of the published networks, {NEAREST} is the nearest: {theirs['parameters']:,} parameters, "
+            f"{theirs['multiply_adds'] / 1e6:.2f} M multiply-adds, {peer.accuracy:.2f} %, {latency[NEAREST]} ms.")
 
 
 @cache
@@ -188,7 +189,7 @@ def structure() -> str:
     lines = [f"{name:22} {first_sentence(ROOT / name)}" for name in ("config.py", "main.py", "model.py")]
     for room in sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "benchmarks"):
         lines.append(f"{room.name}/")
-        lines += [f"  {path.name:20} {first_sentence(path)}" for path in sorted(room.glob("[!_]*.py"))]
+        lines += [f"  {path.relative_to(room)!s:20} {first_sentence(path)}" for path in sorted(room.rglob("[!_]*.py"))]
     return "```\n" + "\n".join(lines) + "\n```"
 
 

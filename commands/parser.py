@@ -132,7 +132,8 @@ def _parse_sweep(line: list[str]) -> Namespace:
         if name in MACHINE_SETTINGS:
             parser.add_setting(name)
         elif name != "seed":
-            parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]")
+            alone = {"nargs": "?", "const": [True]} if field.type is bool else {}  # --nesterov, as where a run is trained
+            parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]", **alone)
     given = vars(parser.parse(line))
     seeds, one_at_a_time, recipe = (given.pop(name) for name in ("seeds", "one_at_a_time", "recipe"))
     on, cpus, gpus = (given.pop(name) for name in ("on", "cpus_per_run", "gpus_per_run"))

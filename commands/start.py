@@ -1,6 +1,6 @@
 """Start the program, and end it: with one line on stderr for what a user can fix, with a traceback for bugs.
 
-This file alone is imported before Python's version is checked, so it has to be valid for older ones too.
+Python's version is checked here, so this file and main.py must be valid for older versions too.
 """
 
 import importlib

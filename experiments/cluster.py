@@ -182,8 +182,10 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
     """The outcome of a run that has ended, and a line that reports it. Puts its folder in place where it was made elsewhere."""
     try:
         result: RunResult = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # outside of the run: a package that is missing there, say
+        return Outcome.FAILED, f"failed: {type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
     except ray.exceptions.RayError as error:
-        return Outcome.FAILED, f"failed: its worker died {RETRIES + 1} times ({str(error).splitlines()[0]})"
+        return Outcome.FAILED, f"failed: its worker was lost ({str(error).splitlines()[0]})"
     name = result.folder
     if result.files:
         log_dir, files = Path(planned.config.log_dir), dict(result.files)

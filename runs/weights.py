@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from analysis.identity import network_identity
 from config import Config, UserError, net_settings
 from images.dataset import Images
 from model import Net
 from runs.files import write
 from runs.finding import find_finished
-from runs.record import FINAL, MODEL
+from runs.record import FINAL
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,11 @@ class Weights:
         return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
 
     def build_net(self) -> nn.Module:
-        """The network of these weights, on the CPU."""
+        """The network of these weights, on the CPU. Raises UserError where model.py has another one."""
         net = Net(len(self.class_names), **net_settings(self.config))
+        if self.identity and self.identity != network_identity(net):
+            raise UserError(f"{self.path} holds weights of another network than that of model.py: name a run of the present "
+                            "network, or undo the edits made since")
         self.load_into(net)
         return net
 
@@ -59,10 +63,8 @@ class Weights:
         try:
             net.load_state_dict(self.tensors)
         except RuntimeError as error:
-            own = self.path.parent / MODEL
-            hint = f"use the run's own network with --model {own}" if own.exists() else "undo the edits made since"
             raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
-                            f"({' '.join(str(error).split())[:200]}): {hint}, or train again") from error
+                            f"({' '.join(str(error).split())[:200]}): undo the edits made since, or train again") from error
 
 
 def find_weights(log_dir: Path, name: str | None) -> Path:

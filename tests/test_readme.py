@@ -291,7 +291,7 @@ def test_the_program_can_still_test_every_committed_network(weights, cifar10, co
 
 def _mirrored_as_told() -> dict[str, float]:
     """What README.md says of mirrored images at the test, by the run's folder."""
-    told = re.search("also mirrored at the test, .*?`python", text_of("README.md"), re.DOTALL)[0]
+    told = re.search("- Also mirrored at the test, .*?`python", text_of("README.md"), re.DOTALL)[0]
     _, *parts = re.split("(`best`|`strong`|on small crops|`fast`|the reference run)", told)
     folders = {"`best`": "best", "`strong`": "strong", "on small crops": "strong-crops", "`fast`": "fast"}
     figures = {}
@@ -306,5 +306,6 @@ def test_every_folder_and_file_is_named():
     rooms = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
     for path in (*ROOT.glob("*.py"), *rooms):
         assert f"{path.name}{'' if path.suffix else '/'} " in readme_text, path
-    for path in (path for room in rooms if room.name != "benchmarks" for path in room.glob("[!_]*.py")):
-        assert f"{path.name} " in structure, path
+    for room in (room for room in rooms if room.name != "benchmarks"):
+        for path in room.rglob("[!_]*.py"):
+            assert f"{path.relative_to(room)} " in structure, path

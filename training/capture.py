@@ -187,14 +187,14 @@ def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
 
 
 def fused_forward(net: nn.Module, device: torch.device) -> Forward | None:
-    """The network's forward pass by the kernels of training/kernels.py. None, and a line that says why, where they can't
+    """The network's forward pass by the kernels of training/fused. None, and a line that says why, where they can't
     compute it."""
     reason, forward = "", None
     if not has_bfloat16(device):
         reason = "this GPU has no bfloat16"
     else:
         try:
-            from training.fused import fuse
+            from training.fused.network import fuse
             forward = fuse(net)
             reason = "" if forward else "they can't compute what model.py does"
         except ImportError as error:

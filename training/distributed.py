@@ -80,12 +80,12 @@ class Processes:
         return box[0]  # type: ignore[return-value]
 
     def average_gradients(self, net: nn.Module, images: int) -> None:
-        """Replace the gradients of this process's part of a batch, of `images` images, by those of the whole batch. Each is
-        weighted by its images, so the parts needn't be equal; one may be empty."""
+        """Replace the gradients of the sum over this process's part of a batch, of `images` images, by those of the mean over
+        the whole batch. The parts needn't be equal; one may be empty."""
         if self.size == 1:
             return
         parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        flat = torch.cat([*((images * _gradient(parameter, images)).flatten() for parameter in parameters),
+        flat = torch.cat([*(_gradient(parameter, images).flatten() for parameter in parameters),
                           parameters[0].new_full((1,), images)])
         with _as_process_lost(self.store):
             dist.all_reduce(flat)
@@ -126,7 +126,7 @@ class Processes:
             if turn and images is None:
                 with contextlib.redirect_stderr(io.StringIO()):  # the first process has told what there is to tell
                     images = load(kind, config.data_dir)
-            self.sum()  # wait for the others
+            self.sum(0)  # wait for the others; of no numbers at all gloo would not
         assert images is not None
         fingerprint = images.fingerprint
         if self.broadcast(lambda: fingerprint) != fingerprint:

@@ -38,8 +38,8 @@ class Metrics:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add a batch: its mean loss, its logits N x classes and its labels N. The caller counts `images`, because a CUDA graph
         may replay this method without running its Python."""
-        correct = (logits.detach().argmax(1) == labels).sum()
-        self.sums += torch.stack((loss.detach().float() * len(labels), correct.float()))
+        self.sums[0] += loss.detach().float() * len(labels)
+        self.sums[1] += (logits.detach().argmax(1) == labels).sum()
 
     def reset(self) -> None:
         """Set the sums to zero, in the same memory."""

@@ -1,7 +1,7 @@
 """One training step: forward pass, loss, backward pass, optimizer."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +36,16 @@ class TrainStep:
             return
         self.full_batch = self.full_batch or len(images)
         with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
-            with self.autocast, counting_batches_together(self.net, self.device):
+            # an empty part stays in float32, as the sums that SyncBatchNorm exchanges
+            with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
                 logits = self.forward(images)
                 # on CUDA autocast would leave its softmax in bfloat16
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
                 if self.distillation:
                     loss = self.distillation.loss(loss, logits, images)
             self.optimizer.zero_grad()
-            loss.backward()
+            # In several processes the gradients of the sum: SyncBatchNorm adds up those of all parts, which may differ in size
+            (loss * len(images) if self.processes.size > 1 else loss).backward()
             self.processes.average_gradients(self.net, len(images))
             self.optimizer.step()
             if len(images):

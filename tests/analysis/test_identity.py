@@ -14,7 +14,6 @@ from torch.nn import functional as F
 import model
 from analysis.identity import describe_network, network_identity
 from model import Net
-from training.dilated import use_fast_dilated_convs
 
 SOURCE = Path(model.__file__).read_text(encoding="utf-8")
 BATCH_NORM = "nn.BatchNorm2d(channels_out)"
@@ -112,13 +111,12 @@ def test_settings_of_functions_and_constants_count():
     assert network_identity(Functional(0.1, 1.0)) == identities[0]
 
 
-def test_weights_modes_and_fast_convolutions_do_not_count():
+def test_weights_modes_and_memory_formats_do_not_count():
     net, before = Net(), network_identity(Net())
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(1)
     net.to(memory_format=torch.channels_last)
-    use_fast_dilated_convs(net, torch.device("cpu"))
     assert network_identity(net) == before
     net.eval().conv_block1.train()
     assert network_identity(net) == before

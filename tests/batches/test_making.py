@@ -39,7 +39,6 @@ def test_validation_and_test_images_are_normalized_and_not_augmented(images, bat
         assert np.allclose(pixels, (split.images / 255 - np.array(mean)) / np.array(std), atol=1e-5)
     order = np.concatenate([labels for _, labels in made.in_order("test")])
     assert order.tolist() == images.test.labels.tolist()
-    assert not np.allclose(pixels.std(), 0, atol=0.5)
 
 
 @pytest.mark.parametrize("batches", ["device", "workers"])

@@ -63,6 +63,11 @@ def test_a_sweep_is_all_combinations_with_the_first_seed_then_the_next():
     assert {c.epochs for c in configs} == {3}
 
 
+def test_a_flag_without_values_means_true_in_a_sweep_too():
+    assert {config.nesterov for config in parse(["sweep", "--nesterov", "--seeds", "2"]).configs} == {True}
+    assert {config.nesterov for config in parse(["sweep", "--nesterov", "--lr", "0.1,0.2"]).configs} == {True}
+
+
 def test_one_at_a_time_varies_each_setting_alone():
     configs = parse(["sweep", "--one-at-a-time", "--lr", "0.1,0.01", "--dropout", "0,0.2"]).configs
     assert configs == [Config(), Config(lr=0.1), Config(dropout=0.2)]

@@ -18,7 +18,7 @@ from conftest import REFERENCE, SMALL, one_line, start_program, weights_of
 from commands.parser import parse
 from config import UserError
 from experiments import cluster
-from experiments.cluster import Marker, RunResult, train_run
+from experiments.cluster import Marker, train_run
 from experiments.sweep import Outcome, plan_runs
 from images.loading import load_images
 from runs.finding import RunState, find_runs, run_state
@@ -162,15 +162,17 @@ def test_a_worker_needs_neither_images_nor_teachers_files(line, monkeypatch):
     assert given == [teachers]
 
 
-def test_a_worker_that_keeps_dying_is_told(planned):
-    class Ray:
-        exceptions = type("exceptions", (), {"RayError": KeyError})
+@needs_ray
+def test_a_worker_that_keeps_dying_and_a_task_that_fails_are_told(planned, monkeypatch):
+    import ray
 
-        @staticmethod
-        def get(reference: object) -> RunResult:
-            raise KeyError("the worker died")
-
-    assert cluster._collect(Ray, None, planned[0])[0] is Outcome.FAILED
+    missing = ray.exceptions.RayTaskError("train_run", "Traceback", ModuleNotFoundError("no module x"))
+    for error, line in ((missing, "failed: ModuleNotFoundError: no module x"),
+                        (ray.exceptions.WorkerCrashedError(), "failed: its worker was lost (The worker died")):
+        monkeypatch.setattr(ray, "get", lambda _, error=error: (_ for _ in ()).throw(error))
+        outcome, said = cluster._collect(ray, None, planned[0])
+        assert outcome is Outcome.FAILED
+        assert said.startswith(line)
 
 
 # ---------------------------------------------------------------- Ray

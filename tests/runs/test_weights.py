@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import REFERENCE, example_record
 
+from analysis.identity import network_identity
 from config import Config, UserError
 from images.synthetic import synthetic
 from model import Net
 from runs.weights import find_teachers, read_weights, save_weights
 
 METADATA = {"class_names": ["a", "b"], "mean": [0.5] * 3, "standard_deviation": [0.25] * 3, "images": "0" * 64,
-            "network": "0" * 16, "config": {"dropout": 0.0, "width": 1}}
+            "network": network_identity(Net(2)), "config": {"dropout": 0.0, "width": 1}}
 
 
 @pytest.fixture
@@ -79,12 +80,21 @@ def test_committed_weights_of_before_are_readable():
         assert read_weights(path).build_net()(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
 
 
-def test_other_weights_than_the_networks_are_refused(path, tmp_path):
+def test_other_weights_than_the_networks_are_refused(path):
     with pytest.raises(UserError, match=r"does not hold weights of the network in model\.py for 2 classes.*undo the edits"):
         read_weights(path).load_into(Net(3))
-    (tmp_path / "model.py").write_text("")
-    with pytest.raises(UserError, match="--model"):
-        read_weights(path).load_into(Net(3))
+
+
+def test_weights_of_another_network_with_the_same_shapes_are_refused(monkeypatch):
+    class Negated(Net):
+        def forward(self, images):
+            return -super().forward(images)
+
+    weights = read_weights(REFERENCE / "best" / "seed-0" / "final.safetensors")
+    weights.build_net()
+    monkeypatch.setattr("runs.weights.Net", Negated)
+    with pytest.raises(UserError, match=r"holds weights of another network than that of model\.py: name a run"):
+        weights.build_net()
 
 
 def test_a_missing_teacher_is_named(tmp_path, path):

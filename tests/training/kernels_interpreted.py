@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import separable
-from training import kernels
-from training.fused import fuse
+from training.fused import launches
+from training.fused.network import fuse
 
-kernels.PROGRAMS = 6  # so that each takes rows several times, and some once more than others
+launches.PROGRAMS = 6  # so that each takes rows several times, and some once more than others
 
 
 def small_net() -> nn.Sequential:
@@ -50,10 +50,16 @@ for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("f
 # Of four pixels the unbiased variance is a third more than the mean square
 few, first = images[:1, :, :2, :2], net[0]
 maps = first[0](few).double()
-kernels.input_forward(few.permute(0, 2, 3, 1).contiguous(), first[0].weight, first[1], None)
+launches.input_forward(few.permute(0, 2, 3, 1).contiguous(), first[0].weight, first[1], None)
 variance = 0.9 + 0.1 * maps.var((0, 2, 3))
 
+# What is not a number must reach the loss
+broken = copy.deepcopy(net)
+nn.init.constant_(broken[1][0].weight, torch.nan)
+logits = fuse(broken)(images)
+
 print(json.dumps({
+    "not a number": logits.isnan().all().item(),
     "gradients": {key: [relative(gradients[name][key], exact) for name in ("fused", "bfloat16")]
                   for key, exact in gradients["float64"].items()},
     "buffers": {key: relative(buffers["fused"][key], exact) for key, exact in buffers["float64"].items()}

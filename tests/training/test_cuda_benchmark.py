@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
+
+from benchmarks import cuda_speed
 
 BENCHMARK = [sys.executable, str(ROOT / "benchmarks" / "cuda_speed.py")]
 
@@ -18,5 +21,17 @@ def test_without_cuda_it_says_so_in_one_line():
 
 
 def test_a_part_runs_on_the_cpu():
-    done = subprocess.run([*BENCHMARK, "--tiny", "--part", "compiled"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith('result: ["a step on images that are there')
+    lines = cuda_speed.run_part("formats", cuda_speed.Options("", tiny=True), 600)
+    assert len(lines) == 9  # a header, and a row for each way
+    assert not any("left out" in line or "failed" in line for line in lines)
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_keeps_its_lines(monkeypatch, tmp_path):
+    child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
+    (tmp_path / "part.py").write_text("import subprocess, sys\nprint('result: a line', flush=True)\n"
+                                      f"subprocess.run([sys.executable, '-c', {child!r}])\n")
+    monkeypatch.setattr(cuda_speed, "__file__", str(tmp_path / "part.py"))
+    assert cuda_speed.run_part("formats", cuda_speed.Options("", tiny=True), 2) == [
+        "a line", "formats: stopped, it took more than 2 s"]
+    time.sleep(3)
+    assert not (tmp_path / "late").exists()

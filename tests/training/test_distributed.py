@@ -347,23 +347,36 @@ def test_after_torchruns_restart_the_run_goes_on_to_the_same_bits(train, tmp_pat
     only_run(tmp_path)
 
 
+def test_each_process_hands_over_the_gradients_of_a_sum(monkeypatch):
+    """Of means, SyncBatchNorm would add up those of parts of different sizes with wrong weights."""
+    torch.manual_seed(0)
+    net, images, labels, found = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.randn(3, 3, 2, 2), torch.arange(3), []
+    monkeypatch.setattr(Processes, "average_gradients", lambda processes, net, count: found.append(net[1].weight.grad.clone()))
+    for size in (1, 2):
+        TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.0), CPU, 0.0, processes=Processes(size=size))(images, labels)
+    assert torch.allclose(found[1], 3 * found[0], rtol=1e-4)
+
+
 def load_in_turn(folder: Path) -> None:
+    """Of two machines with two processes each; the second machine is the slower one."""
     def load(dataset: str, data_dir: str):
         started = time.monotonic()
-        time.sleep(0.3)
+        time.sleep(2 if rank == 2 else 0.3)
         (folder / f"load-{rank}").write_text(f"{dataset} {started} {time.monotonic()}")
         return synthetic()
 
     rank = int(os.environ["RANK"])
+    os.environ.update({"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"})
     with join_processes() as processes:
         processes.load_images(load, Config(dataset="auto"))
 
 
 def test_one_process_of_a_machine_loads_the_images_before_its_others(tmp_path):
-    assert wait(start(2, tmp_path, load_in_turn, tmp_path)) == [0, 0]
-    (kind, _, ended), (kind_1, started, _) = ((tmp_path / f"load-{rank}").read_text().split() for rank in range(2))
-    assert (kind, kind_1) == ("auto", "synthetic")  # what auto is, the first decides
-    assert float(ended) <= float(started)
+    assert wait(start(4, tmp_path, load_in_turn, tmp_path)) == [0] * 4
+    kinds, started, ended = zip(*((tmp_path / f"load-{rank}").read_text().split() for rank in range(4)), strict=True)
+    assert kinds == ("auto", "synthetic", "synthetic", "synthetic")  # what auto is, the first decides
+    for first, other in ((0, 1), (2, 3)):
+        assert float(ended[first]) <= float(started[other])
 
 
 # ---------------------------------------------------------------- torchrun itself

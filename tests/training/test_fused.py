@@ -15,7 +15,7 @@ from model import Net, separable
 
 triton = pytest.importorskip("triton")
 
-from training.fused import fuse  # noqa: E402
+from training.fused.network import fuse  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -32,6 +32,7 @@ def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
     for name, (fused, pytorch) in found["gradients"].items():
         assert fused < 1.3 * pytorch, name
     assert all(error < 2e-3 for error in found["buffers"].values())
+    assert found["not a number"]
 
 
 # ---------------------------------------------------------------- which networks they can compute
@@ -50,6 +51,25 @@ class Doubled(Net):
 class Choosing(Net):
     def forward(self, images):
         return super().forward(images if images.sum() > 0 else -images)
+
+
+class DropsOut(Net):
+    def forward(self, images):
+        return F.dropout(super().forward(images), 0.5, self.training)
+
+
+def test_a_network_in_evaluation_mode_is_fused_as_it_trains(monkeypatch):
+    net, seen = DropsOut().eval(), []
+    dropout = F.dropout
+    monkeypatch.setattr(F, "dropout", lambda values, p, training: seen.append(training) or dropout(values, p, training))
+    fuse(net.to(memory_format=torch.channels_last))
+    assert seen == [True]
+    assert not net.training
+
+
+def test_maps_too_large_for_32_bits_are_refused():
+    with pytest.raises(ValueError, match="too large for the fused kernels"):
+        fuse(Net().to("meta", memory_format=torch.channels_last))(torch.empty(2**16, 3, 32, 32, device="meta"))
 
 
 def changed(change) -> Net:

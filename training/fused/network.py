@@ -1,4 +1,4 @@
-"""A depthwise-separable network with its training steps in a few large kernels: training/kernels.py."""
+"""A depthwise-separable network with its training steps in a few large kernels."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from training import kernels
+from analysis.receptive_field import in_mode
+from training.fused import launches
 
 
 class Chain(nn.Module):
@@ -25,33 +26,37 @@ class Chain(nn.Module):
 
 
 class _Features(torch.autograd.Function):
+    """What a Chain computes, and its gradients. Keeps of each block its input and what is between its convolutions."""
+
     @staticmethod
     def forward(ctx, images, layers, *parameters):
+        """The pooled features, N x channels. `parameters`, those of `layers`, are named for autograd only."""
         images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
         depthwises = [depthwise for depthwise, _, _ in blocks] + [None]
-        maps, norm = kernels.input_forward(images, first.weight, first_norm, depthwises[0])
+        maps, norm = launches.input_forward(images, first.weight, first_norm, depthwises[0])
         size, saved = images.shape[:3], []
         for (depthwise, pointwise, layer), following in zip(blocks, depthwises[1:], strict=True):
-            between, *out = kernels.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
+            between, *out = launches.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
             saved.append((maps, norm, size, between))
             maps, norm, size = out  # type: ignore[assignment]
         ctx.first, ctx.blocks, ctx.images, ctx.saved, ctx.last = first, blocks, images, saved, (maps, norm, size)
-        return kernels.pool_forward(maps, norm, len(images))
+        return launches.pool_forward(maps, norm, len(images))
 
     @staticmethod
     def backward(ctx, feature_gradients):
+        """None for images and layers, and the gradients of the parameters in their order."""
         maps, norm, out_size = ctx.last
-        gradients, sums = kernels.pool_backward(feature_gradients.contiguous(), maps, norm)
+        gradients, sums = launches.pool_backward(feature_gradients.contiguous(), maps, norm)
         found = []  # from the last parameter to the first
         for (depthwise, pointwise, _), (maps_in, norm_in, size, between) in zip(
                 reversed(ctx.blocks), reversed(ctx.saved), strict=True):
             found += [sums[0], sums[1]]
-            between_gradients, weights = kernels.pointwise_backward(gradients, maps, norm, sums, between, pointwise.weight)
-            gradients, filters, sums = kernels.depthwise_backward(between_gradients, maps_in, norm_in, size, out_size,
+            between_gradients, weights = launches.pointwise_backward(gradients, maps, norm, sums, between, pointwise.weight)
+            gradients, filters, sums = launches.depthwise_backward(between_gradients, maps_in, norm_in, size, out_size,
                                                                   depthwise)
             found += [weights, filters]
             maps, norm, out_size = maps_in, norm_in, size
-        found += [sums[0], sums[1], kernels.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
+        found += [sums[0], sums[1], launches.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
         return None, None, *reversed(found)
 
 
@@ -59,7 +64,8 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What computes as `net` does in training, by the kernels; it shares the layers of `net`. None where `net` doesn't begin
     with a Chain."""
     try:
-        graph = fx.symbolic_trace(net).graph
+        with in_mode(net, training=True):
+            graph = fx.symbolic_trace(net).graph
     except Exception:  # a forward that depends on its input can't be traced
         return None
     start, *nodes = graph.nodes
@@ -77,7 +83,13 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
         node.replace_all_uses_with(graph.create_node("call_module", "chain", (start,)))
     for node in reversed(nodes[:len(layers)]):
         graph.erase_node(node)
-    return fx.GraphModule({**dict(net.named_modules()), **dict(net.named_parameters()), "chain": chain}, graph)
+    fused = fx.GraphModule({**dict(net.named_modules()), **dict(net.named_parameters()), "chain": chain}, graph)
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):  # the head is small: float32 saves its casts
+            return fused(images)
+
+    return forward
 
 
 def _as_chain(layers: list[Any]) -> Chain | None:

@@ -1,4 +1,4 @@
-"""Triton kernels that train a depthwise-separable network, and what launches them.
+"""Triton kernels that train a depthwise-separable network.
 
 Activations are bfloat16, rows x channels: a row is a pixel, images one after another, in channels_last order. Only what the
 convolutions return is stored (`maps`): BatchNorm and ReLU are applied wherever it is loaded, by a `norm`, float32 13 x
@@ -7,18 +7,13 @@ order so that neighbouring channels are loaded together. Sums over all rows have
 its own rows and stores that sum in `partial`, then another kernel adds up the programs' sums. Channels are multiples of 32.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.nn import BatchNorm2d, Conv2d
 
 TAPS = tl.constexpr(9)
 MEAN, RSTD, SCALE, SHIFT, TAP = (tl.constexpr(row) for row in range(5))  # rows of a norm
-NORM_ROWS = TAP.value + TAPS.value
 DEPTHWISE_SUMS = tl.constexpr(11)  # the gradients of nine weights, the sums of the gradient and of the gradient times the map
 IMAGE_TAPS = tl.constexpr(27)  # nine pixels of three channels
-AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes, the least that memory delivers
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -30,6 +25,12 @@ def _dot(one, other, total):
     if INTERPRETED:
         one, other = one.to(tl.float32), other.to(tl.float32)
     return tl.dot(one, other, total)
+
+
+@triton.jit
+def _relu(values):
+    """What is above zero; NaN stays NaN, so that a loss shows it."""
+    return tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _image_patches(images, row, valid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 # ---------------------------------------------------------------- forwards
 
 @triton.jit
-def _input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+def input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                    OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
     """The first 3x3 convolution, with padding 1, from float32 images; and the sums for its BatchNorm."""
     out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)
@@ -103,7 +104,7 @@ def _input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.con
 
 
 @triton.jit
-def _separable_forward(maps_in, norm, pointwise, between, maps, centers, partial, rows,
+def separable_forward(maps_in, norm, pointwise, between, maps, centers, partial, rows,
                        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
                        IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
                        ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
@@ -126,7 +127,7 @@ def _separable_forward(maps_in, norm, pointwise, between, maps, centers, partial
                 yy, xx = y * STRIDE + (tap // 3 - 1) * DILATION, x * STRIDE + (tap % 3 - 1) * DILATION
                 inside = valid & (yy >= 0) & (yy < HEIGHT) & (xx >= 0) & (xx < WIDTH)
                 z = _load(maps_in, (image * HEIGHT + yy) * WIDTH + xx, channel, inside, IN)
-                activation = tl.where(inside[:, None], tl.maximum(z * scale[None, :] + shift[None, :], 0.0), 0.0)
+                activation = tl.where(inside[:, None], _relu(z * scale[None, :] + shift[None, :]), 0.0)
                 filtered += activation * tl.load(norm + (TAP + tap) * IN + channel)[None, :]
             rounded = filtered.to(tl.bfloat16)
             if part == 0:
@@ -140,14 +141,14 @@ def _separable_forward(maps_in, norm, pointwise, between, maps, centers, partial
 
 
 @triton.jit
-def _sum_programs(partial, total, programs, VALUES: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr):
+def sum_programs(partial, total, programs, VALUES: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr):
     """The sum over the programs, at most PROGRAMS, of EACH of the VALUES that each has stored."""
     value, program = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, PROGRAMS)
     tl.store(total + value, tl.sum(_load(partial, program, value, program < programs, VALUES), 0))
 
 
 @triton.jit
-def _finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm, programs, rows, momentum, epsilon,
+def finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm, programs, rows, momentum, epsilon,
                  CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr, FILTERED: tl.constexpr):
     """The norm of EACH channels from the programs' sums, and the running statistics. The sums are of differences from the
     running mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the
@@ -156,7 +157,7 @@ def _finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, nor
     difference = tl.sum(_load(partial, 2 * program, channel, program < programs, CHANNELS), 0) / rows
     square = tl.sum(_load(partial, 2 * program + 1, channel, program < programs, CHANNELS), 0) / rows
     before = tl.load(running_mean + channel)
-    mean, variance = before + difference, tl.maximum(square - difference * difference, 0.0)
+    mean, variance = before + difference, _relu(square - difference * difference)
     rstd = 1 / tl.sqrt(variance + epsilon)
     scale = tl.load(gamma + channel) * rstd
     tl.store(norm + MEAN * CHANNELS + channel, mean)
@@ -172,7 +173,7 @@ def _finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, nor
 
 
 @triton.jit
-def _pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+def pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """The mean of an image's pixels after BatchNorm and ReLU, of 32 channels."""
     image, channel = tl.program_id(0), tl.program_id(1) * 32 + tl.arange(0, 32)
     scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
@@ -181,7 +182,7 @@ def _pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.const
         pixel = start + tl.arange(0, BLOCK)
         valid = pixel < PIXELS
         z = _load(maps, image * PIXELS + pixel, channel, valid, CHANNELS)
-        activation = tl.maximum(z * scale[None, :] + shift[None, :], 0.0)
+        activation = _relu(z * scale[None, :] + shift[None, :])
         total += tl.sum(tl.where(valid[:, None], activation, 0.0), 0)
     tl.store(features + image * CHANNELS + channel, total / PIXELS)
 
@@ -196,7 +197,7 @@ def _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid):
 
 
 @triton.jit
-def _pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+def pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
                    ROWS: tl.constexpr):
     """The gradients of the pooled pixels, and the sums for BatchNorm."""
     channel = tl.program_id(1) * 32 + tl.arange(0, 32)
@@ -215,7 +216,7 @@ def _pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXE
 
 
 @triton.jit
-def _pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradients, rows, IN: tl.constexpr, OUT: tl.constexpr,
+def pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradients, rows, IN: tl.constexpr, OUT: tl.constexpr,
                         ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
     """The gradients between the depthwise and the pointwise convolution."""
     row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * INS + tl.arange(0, INS)
@@ -230,7 +231,7 @@ def _pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradient
 
 
 @triton.jit
-def _pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: tl.constexpr, OUT: tl.constexpr,
+def pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: tl.constexpr, OUT: tl.constexpr,
                        ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
     """A program's sum of the gradients of OUTS x INS pointwise weights."""
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -246,7 +247,7 @@ def _pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: 
 
 
 @triton.jit
-def _depthwise_backward(between_gradients, maps_in, norm, gradients, partial, rows,
+def depthwise_backward(between_gradients, maps_in, norm, gradients, partial, rows,
                         HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
                         CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr):
     """The gradients of the block's input, and the sums of the weights' gradients and for the BatchNorm before."""
@@ -260,7 +261,7 @@ def _depthwise_backward(between_gradients, maps_in, norm, gradients, partial, ro
         valid = row < rows
         image, y, x = row // (HEIGHT * WIDTH), row // WIDTH % HEIGHT, row % WIDTH
         z = _load(maps_in, row, channel, valid, CHANNELS)
-        activation = tl.where(valid[:, None], tl.maximum(z * scale[None, :] + shift[None, :], 0.0), 0.0)
+        activation = tl.where(valid[:, None], _relu(z * scale[None, :] + shift[None, :]), 0.0)
         total, added = zero, ()
         for tap in tl.static_range(TAPS):
             down, right = y - (tap // 3 - 1) * DILATION, x - (tap % 3 - 1) * DILATION  # STRIDE times the output pixel's place
@@ -281,7 +282,7 @@ def _depthwise_backward(between_gradients, maps_in, norm, gradients, partial, ro
 
 
 @triton.jit
-def _input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
+def input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
                    OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
     """A program's sum of the gradients of the first convolution's weights, OUTS x 27."""
     split, splits = tl.program_id(0), tl.num_programs(0)
@@ -295,142 +296,3 @@ def _input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: t
         total = _dot(tl.trans(gradient.to(tl.bfloat16)), patches, total)
     place = partial + (split * OUT + out[:, None]) * IMAGE_TAPS + value[None, :]
     tl.store(place, total, mask=(value < IMAGE_TAPS)[None, :])
-
-
-# ---------------------------------------------------------------- launching them
-
-PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
-# Rows that a program takes at once, at most, and how Triton compiles it: at sm_90 into about 128 registers, of which
-# a multiprocessor has enough for four programs
-CONVOLVE, FILTER, SUM = (32, {"num_warps": 4, "num_stages": 1}), (16, {"num_warps": 4}), (64, {"num_warps": 4, "num_stages": 3})
-
-
-def _rows_each(rows: int, others: int, most: int) -> int:
-    """Rows that a program takes at once, where `others` programs share them: at most `most`, and so few that there are two
-    programs for each multiprocessor."""
-    return next((size for size in (64, 32) if size <= most and rows // size * others >= PROGRAMS // 2), 16)
-
-
-def _programs(rows: int, each: int, others: int) -> int:
-    """Programs that share the rows, `each` of them at once, and as many times as the others."""
-    times = -(-rows // (each * max(1, PROGRAMS // others)))
-    return -(-rows // (each * times))
-
-
-def _part(channels: int) -> int:
-    return 64 if channels % 64 == 0 else 32
-
-
-def _shares(partial: Tensor) -> dict[str, int]:
-    """How the sums of `partial` are added up: those of all programs at once, some 4096 at a time."""
-    programs = triton.next_power_of_2(len(partial))
-    return {"PROGRAMS": programs, "EACH": min(32, max(AT_ONCE, 4096 // programs))}
-
-
-def _sum(partial: Tensor) -> Tensor:
-    """The sum over the first dimension, the programs."""
-    shares, total = _shares(partial), partial.new_empty(partial.shape[1:])
-    _sum_programs[(total.numel() // shares["EACH"],)](partial, total, len(partial), VALUES=total.numel(), **shares)
-    return total
-
-
-def _norm(partial: Tensor, rows: int, layer: BatchNorm2d, following: Conv2d | None) -> Tensor:
-    """The norm of the layer, whose running statistics are updated, from the programs' sums."""
-    shares, channels = _shares(partial), partial.shape[-1]
-    norm = partial.new_empty(NORM_ROWS, channels)
-    _finish_norm[(channels // shares["EACH"],)](
-        partial, layer.weight, layer.bias, layer.running_mean, layer.running_var, following.weight if following else norm, norm,
-        len(partial), rows, layer.momentum, layer.eps, CHANNELS=channels, FILTERED=following is not None, **shares)
-    return norm
-
-
-def input_forward(images: Tensor, weight: Tensor, layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor]:
-    """The first convolution of images float32 N x H x W x 3: its maps and their norm, for the depthwise convolution
-    `following`."""
-    (number, height, width, _), out, (most, options) = images.shape, len(weight), CONVOLVE
-    rows, outs = number * height * width, _part(out)
-    each = _rows_each(rows, out // outs, most)
-    maps = images.new_empty(rows, out, dtype=torch.bfloat16)
-    partial = images.new_empty(_programs(rows, each, out // outs), 2, out)
-    _input_forward[(len(partial), out // outs)](
-        images, weight, maps, layer.running_mean, partial, rows, HEIGHT=height, WIDTH=width, OUT=out, ROWS=each, OUTS=outs,
-        **options)
-    return maps, _norm(partial, rows, layer, following)
-
-
-def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int], depthwise: Conv2d, pointwise: Tensor,
-                      layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
-    """A block on maps of the size N, H, W. Returns what is between its convolutions, its maps, their norm for the depthwise
-    convolution `following`, and their size."""
-    (number, height, width), (most, options) = size, CONVOLVE
-    stride, dilation, (out, channels) = depthwise.stride[0], depthwise.dilation[0], pointwise.shape[:2]
-    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    rows, outs, ins = number * out_height * out_width, _part(out), _part(channels)
-    each = _rows_each(rows, out // outs, most)
-    between, maps = maps_in.new_empty(rows, channels), maps_in.new_empty(rows, out)
-    partial = norm.new_empty(_programs(rows, each, out // outs), 2, out)
-    _separable_forward[(len(partial), out // outs)](
-        maps_in, norm, pointwise, between, maps, layer.running_mean, partial, rows,
-        HEIGHT=height, WIDTH=width, OUT_HEIGHT=out_height, OUT_WIDTH=out_width, IN=channels, OUT=out, STRIDE=stride,
-        DILATION=dilation, ROWS=each, INS=ins, OUTS=outs, **options)
-    return between, maps, _norm(partial, rows, layer, following), (number, out_height, out_width)
-
-
-def pool_forward(maps: Tensor, norm: Tensor, number: int) -> Tensor:
-    """The pooled features, float32 N x channels."""
-    channels = maps.shape[1]
-    features = norm.new_empty(number, channels)
-    _pool_forward[(number, channels // 32)](maps, norm, features, PIXELS=len(maps) // number, CHANNELS=channels, BLOCK=16)
-    return features
-
-
-def pool_backward(feature_gradients: Tensor, maps: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of the maps after BatchNorm and ReLU, and their sums for BatchNorm, 2 x channels."""
-    (rows, channels), (most, options) = maps.shape, FILTER
-    each = _rows_each(rows, channels // 32, most)
-    gradients = torch.empty_like(maps)
-    partial = norm.new_empty(_programs(rows, each, channels // 32), 2, channels)
-    _pool_backward[(len(partial), channels // 32)](
-        feature_gradients, maps, norm, gradients, partial, rows, PIXELS=rows // len(feature_gradients), CHANNELS=channels,
-        ROWS=each, **options)
-    return gradients, _sum(partial)
-
-
-def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, between: Tensor,
-                       pointwise: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `between` and of the pointwise weights."""
-    rows, (out, channels), (most, options) = len(maps), pointwise.shape[:2], CONVOLVE
-    outs, ins = _part(out), _part(channels)
-    between_gradients, each = torch.empty_like(between), _rows_each(rows, channels // ins, most)
-    _pointwise_backward[(-(-rows // each), channels // ins)](
-        gradients, maps, norm, sums, pointwise, between_gradients, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs,
-        **options)
-    parts, (each, options) = (out // outs, channels // ins), SUM
-    partial = norm.new_empty(_programs(rows, each, parts[0] * parts[1]), out, channels, 1, 1)
-    _pointwise_weights[(len(partial), *parts)](
-        gradients, maps, norm, sums, between, partial, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs, **options)
-    return between_gradients, _sum(partial).as_strided(pointwise.shape, pointwise.stride())
-
-
-def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],
-                       out_size: tuple[int, int, int], depthwise: Conv2d) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of the input maps after BatchNorm and ReLU, of the depthwise weights, and the sums for BatchNorm."""
-    (rows, channels), (most, options) = maps_in.shape, FILTER
-    gradients, each = torch.empty_like(maps_in), _rows_each(rows, channels // 32, most)
-    partial = norm.new_empty(_programs(rows, each, channels // 32), DEPTHWISE_SUMS.value * channels)
-    _depthwise_backward[(len(partial), channels // 32)](
-        between_gradients, maps_in, norm, gradients, partial, rows, HEIGHT=size[1], WIDTH=size[2],
-        OUT_HEIGHT=out_size[1], OUT_WIDTH=out_size[2], CHANNELS=channels, STRIDE=depthwise.stride[0],
-        DILATION=depthwise.dilation[0], ROWS=each, **options)
-    weights, sums = _sum(partial).split([TAPS.value * channels, 2 * channels])
-    return gradients, weights.as_strided(depthwise.weight.shape, depthwise.weight.stride()), sums.view(2, channels)
-
-
-def input_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, images: Tensor, weight: Tensor) -> Tensor:
-    """The gradients of the first convolution's weights, out x 3 x 3 x 3."""
-    (rows, out), (each, options) = maps.shape, SUM
-    partial = norm.new_empty(_programs(rows, each, out // 32), out, IMAGE_TAPS.value)
-    _input_weights[(len(partial), out // 32)](
-        gradients, maps, norm, sums, images, partial, rows, HEIGHT=images.shape[1], WIDTH=images.shape[2], OUT=out, ROWS=each,
-        OUTS=32, **options)
-    return _sum(partial).as_strided(weight.shape, weight.stride())
