@@ -6,7 +6,6 @@ Edit a default here and run `python main.py` again, or give the setting as a fla
 
 import dataclasses
 import difflib
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -98,9 +97,9 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is float and type(value) is int:
+            if field.type is float and type(value) is int and abs(value) < 2**53:
                 object.__setattr__(self, field.name, value := float(value))
-            _check(field, value)
+            check_setting(field, value)
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr is {self.min_lr}, but must not exceed --lr, {self.lr}: lower --min-lr")
         if self.nesterov and self.momentum == 0:
@@ -153,7 +152,7 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _check(field: dataclasses.Field, value: Any) -> None:
+def check_setting(field: dataclasses.Field, value: Any) -> None:
     """Raise UserError unless `value` has the field's type and lies in its range."""
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
     if type(value) is not field.type:
@@ -161,7 +160,7 @@ def _check(field: dataclasses.Field, value: Any) -> None:
     if choices and value not in choices:
         raise UserError(f"{flag(field.name)} is {value!r}, but must be one of {', '.join(choices)}"
                         + did_you_mean(value, choices))
-    if low is not None and not (math.isfinite(value) and low <= value <= high):
+    if low is not None and not low <= value <= high:  # nan is in no range
         raise UserError(f"{flag(field.name)} is {value}, but must lie in {low} to {high}")
 
 

@@ -1,5 +1,6 @@
 """python main.py compare: compare finished runs with each other and with the reference run."""
 
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,20 @@ def run(arguments: Namespace) -> None:
     runs, left_out = read_finished(_folders(log_dir, arguments.runs))
     if arguments.runs and not runs:
         raise UserError(f"there is nothing to compare: {left_out[0]}; name finished runs")
-    tables = make_tables(runs, read_run(REFERENCE))
+    tables = make_tables(runs, _reference())
     for line in left_out:
         print(f"left out: {line}")
     print(as_text(tables))
     write(log_dir / "experiments.csv", as_csv(tables))
     draw_experiments(_newest(tables, runs), log_dir / "experiments.png")
+
+
+def _reference() -> Run:
+    try:
+        return read_run(REFERENCE)
+    except UserError as error:
+        raise UserError(f"the reference run is missing or damaged ({error}): restore it with git checkout "
+                        f"{shlex.quote(str(REFERENCE))}") from error
 
 
 def _folders(log_dir: Path, names: Sequence[str]) -> list[Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError
+from images.decoding import LISTED_ERRORS
 from inference.classifier import Classifier
 from inference.network import build_trained_net
 from inference.prediction import Prediction, as_json, as_text, image_files, predict_files
@@ -31,5 +32,5 @@ def run(arguments: Namespace) -> None:
     if arguments.json:
         print(as_json(predictions, arguments.top))
     if errors:
-        others = f", and {len(errors) - 1:,} more of {len(files):,} files" if len(errors) > 1 else ""
-        raise UserError(f"{errors[0]}{others}")
+        others = f", and {len(errors) - LISTED_ERRORS:,} more of {len(files):,} files" if len(errors) > LISTED_ERRORS else ""
+        raise UserError("; ".join(map(str, errors[:LISTED_ERRORS])) + others)

@@ -6,6 +6,7 @@ Python's version is checked here, so this file and main.py must be valid for old
 import importlib
 import importlib.util
 import os
+import signal
 import sys
 
 if sys.version_info < (3, 11):
@@ -24,7 +25,7 @@ from types import TracebackType
 from commands.parser import parse
 from config import Config, UserError
 from images.names import printable
-from training.errors import StopRequested, as_user_errors, stop_on_signals
+from training.errors import STOP_SIGNALS, StopRequested, as_user_errors, raise_stop, stop_on_signals
 
 STARTED = time.perf_counter()
 
@@ -37,6 +38,12 @@ PACKAGES = ("torch", "torchvision", "albumentations", "torchsummary", "safetenso
 def parse_or_exit() -> Namespace:
     """Parse the command line. Errors end the program here, and from here on everywhere, in one line."""
     sys.excepthook = _end_by_exception
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # not SIGINT, which has Python's, nor what nohup ignores
+            signal.signal(number, lambda number, frame: raise_stop(number))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
     arguments = parse(sys.argv[1:])
@@ -93,7 +100,8 @@ def report(error: BaseException) -> int | None:
     else:
         return None
     line = " ".join("; ".join([line, *getattr(error, "__notes__", [])]).split())
-    print(printable(line), file=sys.stderr)  # names of files may hold escape codes
+    with contextlib.suppress(OSError):  # stderr is closed
+        print(printable(line), file=sys.stderr)  # names of files may hold escape codes
     return status
 
 

@@ -4,9 +4,11 @@ import multiprocessing
 import signal
 import stat
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,7 +115,9 @@ def decode_all(paths: list[str]) -> np.ndarray:
             pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
                                        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             try:
-                done = _collect(pool.map(_decode_chunk, chunks), bar)
+                with _interrupts_ignored():  # by the processes that this starts, also before their initializer runs
+                    results = pool.map(_decode_chunk, chunks)
+                done = _collect(results, bar)
             except BrokenProcessPool as error:
                 raise UserError("a process that decoded images was killed, most likely for lack of memory") from error
             finally:
@@ -125,6 +129,19 @@ def decode_all(paths: list[str]) -> np.ndarray:
         raise UserError(count + "; ".join(errors[:LISTED_ERRORS]) + more + REMEDY)
     report_resized(sum(chunk.resized for chunk in done), len(paths))
     return np.concatenate([chunk.images for chunk in done])
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Ignore SIGINT, where this thread may decide that. Processes that are started then ignore it as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _collect(chunks: Iterable[_Chunk], bar: tqdm) -> list[_Chunk]:

@@ -77,6 +77,10 @@ def lock_file(path: Path) -> IO[bytes] | None:
     except (BlockingIOError, PermissionError):
         file.close()
         return None
+    except OSError as error:
+        file.close()
+        raise UserError(f"the file system of {path.parent} has no file locks ({error.strerror}), without which two programs "
+                        "could train the same run: choose another --log-dir") from error
     return file
 
 
@@ -88,6 +92,11 @@ def make_run_folder(log_dir: Path, stem: str, files: Mapping[str, bytes | str]) 
     runs = log_dir / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc; a file, or a link to nowhere
+        raise UserError(f"the folder {runs} can't be made ({error.strerror}): choose another --log-dir") from error
+    except OSError as error:
+        raise unwritable(runs / stem, error) from error
+    try:
         hidden = Path(tempfile.mkdtemp(dir=runs, prefix=UNNAMED))
         hidden.chmod(0o755)
     except OSError as error:

@@ -10,7 +10,8 @@ from typing import Any
 from config import UserError
 from runs.record import CONFIG, FINAL, SUMMARY
 
-REFERENCE = Path(__file__).parents[1] / "logs" / "reference"  # the committed run of the defaults
+PROGRAM = Path(__file__).parents[1]
+REFERENCE = PROGRAM / "logs" / "reference"  # the committed run of the defaults
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 DIVERGED = ".diverged"  # an empty file in the folder of a run whose loss was no longer finite
 
@@ -50,12 +51,14 @@ def next_number(log_dir: Path) -> int:
 
 
 def named_runs(log_dir: Path, name: str) -> list[Path]:
-    """The folders of the runs that match `name`, newest first: by folder name, by --name, or by path."""
+    """The folders of the runs that match `name`, newest first: by folder name, by --name, or by path, from here or from the
+    program's folder."""
     found = [folder for folder in find_runs(log_dir) if name == folder.name
-             or (name in folder.name and name == peek_record(folder).get("config", {}).get("name"))]
-    if not name or not (found or Path(name).is_dir()):
+             or (name in folder.name and name == _name(folder))]
+    found = found or [path for path in (Path(name), PROGRAM / name) if path.is_dir()][:1]
+    if not name or not found:
         raise UserError(f"there is no run {name!r}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
-    return [folder.resolve() for folder in found or [Path(name)]]
+    return [folder.resolve() for folder in found]
 
 
 def find_finished(log_dir: Path, name: str | None) -> Path:
@@ -99,6 +102,12 @@ def refuse_run_folder(log_dir: Path) -> None:
 def _number(folder: Path) -> int:
     number = peek_record(folder).get("number", 0)  # older runs have none
     return number if isinstance(number, int) else 0
+
+
+def _name(folder: Path) -> str:
+    """The --name of a run; from the folder's, where its record is damaged."""
+    after_date = folder.name[len("2026-01-31_12-00-00-"):] if (folder / CONFIG).exists() else ""
+    return peek_record(folder).get("config", {}).get("name", after_date)
 
 
 def peek_record(folder: Path) -> dict[str, Any]:

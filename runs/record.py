@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from config import Config, UserError
+from config import SETTINGS, Config, UserError, check_setting
 from images.dataset import Images
 from runs.log import ACCURACY_LOG, Row, read_log
 
@@ -111,9 +111,21 @@ def check_record(record: object, path: Path) -> None:
     assert isinstance(record, dict)
     keys = [*record["config"], *record["machine"], *record["versions"]]
     scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
-    valid = all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
+    valid = (all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
+             and all(_is_setting(name, value) for name, value in record["config"].items()))
     if not valid or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
+
+
+def _is_setting(name: str, value: Any) -> bool:
+    """Whether a setting may have this value. Settings of other versions may have any, and `capture` once was true or false."""
+    if name not in SETTINGS or (name == "capture" and isinstance(value, bool)):
+        return True
+    try:
+        check_setting(SETTINGS[name], float(value) if SETTINGS[name].type is float and type(value) is int else value)
+    except (UserError, OverflowError):
+        return False
+    return True
 
 
 def _matches(value: object, shape: Any) -> bool:

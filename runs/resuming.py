@@ -72,7 +72,8 @@ def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
     state, notes = read_newest(folder)
     config = restore_config(state["record"]["config"], state["places"], folder)
     for setting, value in given.items():
-        if setting not in MOVABLE and value != getattr(config, setting):
+        resolved = setting in ("dataset", "batches") and value == "auto"  # as which the run may have been started
+        if setting not in MOVABLE and not resolved and value != getattr(config, setting):
             raise UserError(f"{flag(setting)} is {value} on the command line, but run {folder.name} has "
                             f"{getattr(config, setting)}: leave {flag(setting)} out, or start a new run")
     changed = {setting: value for setting, value in given.items() if setting in MOVABLE}

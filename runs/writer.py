@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from config import Config
+from config import Config, UserError
 from runs.checkpoint import State, make_state, pack, write_checkpoint
 from runs.files import make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
@@ -20,7 +21,7 @@ from runs.jobs import mark_job
 from runs.log import AccuracyLog, Row, comments
 from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
 from runs.resuming import Unfinished, lock_run
-from runs.weights import save_weights
+from runs.weights import find_weights, save_weights
 from training.errors import Diverged
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
@@ -100,8 +101,8 @@ class RunWriter:
             error.add_note(f"{safe} in {self.folder}, but resuming would diverge again")
         else:
             usual = Path(Config.log_dir, "runs").resolve() == self.folder.parent.resolve()
-            error.add_note(f"{safe}; resume with: python main.py --resume "
-                           f"{self.folder.name if usual else shlex.quote(str(self.folder))}")
+            name = self.folder.name if usual else shlex.quote(str(self.folder))
+            error.add_note(f"{safe}; resume with: python main.py --resume {'./' if name.startswith('-') else ''}{name}")
         with contextlib.suppress(Exception):  # the log must not be ahead of the checkpoint
             del self.rows[self.saved_epochs:]
             self.log.update()
@@ -150,8 +151,12 @@ class NoWriter(RunWriter):
 
 
 def local_places(config: Config) -> dict[str, str]:
-    """Where images, logs and teachers are on this machine, to find them again from another folder."""
-    teachers = [os.path.abspath(name) if name and os.path.exists(name) else name for name in config.teacher.split(",")]
+    """Where images, logs and teachers are on this machine, to find them again from another folder, or beside newer runs."""
+    teachers = []
+    for name in config.teacher.split(","):
+        with contextlib.suppress(UserError):  # no teacher, or none on this machine of a cluster
+            name = os.path.abspath(find_weights(Path(config.log_dir), name)) if name else name
+        teachers.append(name)
     if any("," in name for name in teachers):  # which would be read as two
         teachers = [config.teacher]
     return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
@@ -165,7 +170,12 @@ def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.o
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
         CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
-    return RunWriter(folder, lock_run(folder), record, places, net, optimizer, state)
+    try:
+        lock = lock_run(folder)
+    except UserError:  # a file system without locks
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return RunWriter(folder, lock, record, places, net, optimizer, state)
 
 
 def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.Module,

@@ -98,13 +98,26 @@ def test_a_resumed_run_has_the_same_teacher(run, tmp_path, taught, monkeypatch):
 
 
 def test_a_teacher_in_a_folder_with_a_comma_is_found_again(tmp_path, monkeypatch):
-    folder = tmp_path / "a,b"
-    (folder / "wide").mkdir(parents=True)
-    monkeypatch.chdir(folder)
+    for folder in (tmp_path / "a,b" / "wide", tmp_path / "wide"):
+        folder.mkdir(parents=True)
+        for name in ("summary.json", "final.safetensors"):
+            (folder / name).touch()
+    monkeypatch.chdir(tmp_path / "a,b")
     assert local_places(Config(teacher="wide,other"))["teacher"] == "wide,other"
     monkeypatch.chdir(tmp_path)
+    assert local_places(Config(teacher="wide,other"))["teacher"] == f"{tmp_path / 'wide' / 'final.safetensors'},other"
+
+
+def test_a_run_finds_its_teacher_again_beside_a_folder_and_a_newer_run_of_that_name(run, tmp_path, taught, monkeypatch):
+    _, _, whole = taught("--epochs", "3", "--name", "whole")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "wide").mkdir()
-    assert local_places(Config(teacher="wide,other"))["teacher"] == f"{tmp_path / 'wide'},other"
+    with monkeypatch.context() as patch:
+        at_epoch(patch, 1, raising(KeyboardInterrupt()))
+        folder = taught("--epochs", "3", "--name", "stopped")[2]
+    assert run("--epochs", "1", "--width", "2", "--name", "wide", "--seed", "6")[0] == 0
+    assert run("--resume", "stopped")[0] == 0
+    assert figures(folder) == figures(whole)
 
 
 @pytest.mark.parametrize(("arguments", "teacher", "said"), [

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main
+from commands import compare
 from config import Config
 from images.dataset import Images, Split
 from images.folder import image_folder
@@ -178,7 +179,7 @@ def test_a_log_folder_that_is_a_file(run, tmp_path):
     (tmp_path / "logs").write_text("mine")
     status, _, err = run("--epochs", "1")
     assert status == 2
-    assert "could not be written" in one_line(err)
+    assert "logs/runs can't be made (Not a directory): choose another --log-dir" in one_line(err)
     assert (tmp_path / "logs").read_text() == "mine"
 
 
@@ -209,6 +210,39 @@ def test_an_output_that_is_closed_is_no_dead_worker(pictures, tmp_path):
     err = process.stderr.read()
     assert process.wait() == 2
     assert "stopped: the output was closed" in one_line(err)
+
+
+def test_closed_outputs_end_no_run(pictures, tmp_path):
+    command = [sys.executable, str(ROOT / "main.py"), "--dataset", "folder", "--data-dir", str(pictures), "--log-dir",
+               str(tmp_path), "--epochs", "1", "--no-pictures"]
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command]).returncode == 0
+    assert read_run(find_runs(tmp_path)[0]).summary["epochs"] == 1
+    assert subprocess.run(["sh", "-c", 'exec "$@" >&- 2>&-', "sh", *command, "--wrong"]).returncode == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to catch")
+def test_a_signal_before_the_run_begins_is_one_line_too():
+    code = ("import sys, os, signal; sys.argv = ['main.py', '--epochs', '1']\nfrom commands.start import parse_or_exit\n"
+            "parse_or_exit(); os.kill(os.getpid(), signal.SIGTERM); print('still here')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "stopped by SIGTERM\n")
+
+
+def test_a_file_system_without_locks_is_named_and_leaves_no_run(run, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    status, _, err = run("--epochs", "1")
+    assert status == 2
+    assert "has no file locks (No locks available)" in one_line(err)
+    assert find_runs(tmp_path / "logs") == []
+
+
+def test_compare_without_the_reference_run_says_how_to_restore_it(command, run, tmp_path, monkeypatch):
+    assert run("--epochs", "1")[0] == 0
+    monkeypatch.setattr(compare, "REFERENCE", tmp_path / "gone")
+    status, _, err = command("compare", "--log-dir", tmp_path / "logs")
+    assert status == 2
+    assert f"restore it with git checkout {tmp_path / 'gone'}" in one_line(err)
 
 
 def test_the_default_data_dir_typed_out_must_hold_cifar10(command, tmp_path, monkeypatch):

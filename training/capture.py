@@ -82,7 +82,11 @@ class CapturedStep:
         Returns what became of it, for the note."""
         plain, difference = self.recordings[images.shape], self.difference
         try:
-            reason = self._capture(images, labels, fused) or self._check(images, labels)
+            reason = self._capture(images, labels, fused)
+            if reason:  # and dropout now draws from another generator than the one that PyTorch's recording knows
+                self._capture(images, labels, self.net)
+                return f" without fused kernels ({reason})"
+            reason = self._check(images, labels)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of Triton, its compiler or the driver

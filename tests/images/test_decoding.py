@@ -1,8 +1,10 @@
 """Image files of all kinds, broken and hostile ones included."""
 
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 
 from config import UserError
 from images import decoding
-from images.decoding import decode
+from images.decoding import decode, decode_all
 from images.names import printable
 
 ALL_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")
@@ -124,6 +126,27 @@ def test_the_limit_of_pixels(tmp_path, monkeypatch, recwarn):
     with pytest.raises(UserError, match="50 x 40 pixels"):
         decode(str(tmp_path / "image.png"))
     assert not recwarn.list
+
+
+def test_processes_that_decode_are_started_with_sigint_ignored(tmp_path, monkeypatch):
+    """Ctrl-C reaches them before their initializer has run."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "image.png")
+    handlers = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, **_) -> None:
+            super().__init__(1)
+
+        def map(self, *arguments):
+            handlers.append(signal.getsignal(signal.SIGINT))
+            return super().map(*arguments)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(decoding, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(decoding, "SINGLE_PROCESS_FILES", 1)
+    assert decode_all([str(tmp_path / "image.png")]).shape == (1, 32, 32, 3)
+    assert handlers == [signal.SIG_IGN]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # ---------------------------------------------------------------- names

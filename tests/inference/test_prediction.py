@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from batches.augmentation import test_policy as make_test_policy
+from commands import predict
 from config import UserError
 from images.decoding import decode
 from inference import prediction
@@ -103,7 +104,9 @@ def test_a_file_that_is_no_image_costs_the_others_nothing(command, tmp_path, mon
     notice, error = err.splitlines()
     assert notice == "2 of 17 images had another size and were resized to 32x32"
     assert "a_text.png is not a whole image" in error
-    assert error.endswith(", and 2 more of 17 files")
+    assert error.count(": replace or remove it") == 3
+    monkeypatch.setattr(predict, "LISTED_ERRORS", 1)
+    assert command("predict", folder, "--run", run)[2].endswith(", and 2 more of 17 files\n")
     status, out, err = command("predict", folder / "a_text.png", "--json", "--run", run)
     assert status == 2
     assert json.loads(out) == []

@@ -7,6 +7,7 @@ import pytest
 from config import UserError
 from runs.files import write
 from runs.finding import (
+    REFERENCE,
     RunState,
     find_finished,
     find_runs,
@@ -49,6 +50,17 @@ def test_a_run_is_known_by_its_folder_its_path_and_its_name(tmp_path, make, monk
     for name in ("yours", ""):
         with pytest.raises(UserError, match=f"there is no run '{name}'"):
             named_runs(tmp_path, name)
+
+
+def test_a_run_whose_record_is_damaged_keeps_its_name(tmp_path, make):
+    folder = make("2026-01-01_00-00-00-mine", "mine", state=RunState.UNFINISHED)
+    write(folder / "config.json", "{")
+    assert named_runs(tmp_path, "mine") == [folder]
+
+
+def test_the_committed_runs_are_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named_runs(tmp_path, "logs/reference") == [REFERENCE]
 
 
 def test_the_newest_run_is_that_of_the_highest_number_whatever_the_clock_said(tmp_path, make):

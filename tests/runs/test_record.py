@@ -43,7 +43,8 @@ def test_a_damaged_config_is_named(folder, content):
     (("config", "seed"), "1"), (("config", "seed"), True), (("config", "lr"), [0.1]), (("config",), []), (("network",), None),
     (("network", "parameters"), 1.5), (("network", "receptive_field"), "79"), (("dataset", "class_names"), "abc"),
     (("dataset", "class_names"), [1, 2]), (("dataset", "mean"), [0.5]), (("dataset", "train"), -0.5), (("notes",), "none"),
-    (("notes",), [1]), (("machine", "device"), 3), (("versions",), [])])
+    (("notes",), [1]), (("machine", "device"), 3), (("versions",), []), (("config", "uncropped_share"), float("nan")),
+    (("config", "uncropped_share"), 1e308), (("config", "teacher"), 7), (("config", "epochs"), 10**400)])
 def test_wrong_types_in_config_json_are_not_believed(folder, keys, value):
     record = example_record()
     inner = record

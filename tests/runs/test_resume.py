@@ -113,7 +113,8 @@ def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures
     name = only_run(tmp_path).name
     before = (only_run(tmp_path) / CHECKPOINT).read_bytes()
     for flag, words in ((["--epochs", "5"], "--epochs is 5 on the command line, but run"), (["--lr", "0.02"], "--lr is 0.02"),
-                        (["--seed", "1"], "leave --seed out"), (["--dataset", "synthetic"], "--dataset is synthetic")):
+                        (["--seed", "1"], "leave --seed out"), (["--dataset", "synthetic"], "--dataset is synthetic"),
+                        (["--dataset", "auto", "--batches", "auto", "--capture", "on"], "--capture is on")):
         status, _, err = run("--resume", name, *flag)
         assert status == 2
         assert words in one_line(err)

@@ -31,6 +31,16 @@ TWO_KERNELS = {"convolution_backward", "native_batch_norm", "native_batch_norm_b
 WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
 
 
+COPIES = {"_to_copy", "copy_"}
+
+
+def _is_blocking_copy(name: str, args: tuple, kwargs: dict[str, Any], target: Tensor) -> bool:
+    """Whether the host waits for a copy from one device to another; that its memory is pinned can't be seen."""
+    source = args[1] if name == "copy_" else args[0]
+    asynchronous = kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,))
+    return not asynchronous and source.device.type != target.device.type
+
+
 class Launches(TorchDispatchMode):
     """Counts kernels and bytes by operation, with the dtypes that come out, and names those that the host waits for, and those
     on tensors of two devices (scalars may lie anywhere)."""
@@ -51,6 +61,8 @@ class Launches(TorchDispatchMode):
         result = operation(*args, **(kwargs or {}))
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         tensors = inputs + outputs
+        if name in COPIES and _is_blocking_copy(name, args, kwargs or {}, outputs[0]):
+            self.waits.append(name)
         if name in NO_KERNEL or not any(tensor.is_cuda for tensor in tensors):
             return result
         if len({tensor.device.type for tensor in tensors if tensor.dim()}) > 1:

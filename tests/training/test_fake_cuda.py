@@ -61,6 +61,7 @@ def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distil
     config = Config(batches="device", capture=captured, crop_padding=2)
     with fake_cuda() as reads, Launches() as launches:
         step, batches = fake_step(config, distill), fake_batches(config)
+        launches.waits.clear()  # of setting up
         run_epoch(step, batches)
         checks = [(len(list(capture.step_state(step.step))), 2)] * 2 if captured == "on" else []  # full and short batches
         assert reads == [*checks, (2,)]  # the epoch's metrics
@@ -80,12 +81,25 @@ def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distil
 def test_small_crops_and_whole_images_are_captured_each():
     config = Config(batches="device", capture="on", crop_size=24)
     with fake_cuda(), Launches() as launches:
-        step = fake_step(config)
-        run_epoch(step, fake_batches(config))
-        run_epoch(step, fake_batches(Config(batches="device")), epoch=1)
+        step, crops, whole = fake_step(config), fake_batches(config), fake_batches(Config(batches="device"))
+        launches.waits.clear()  # of setting up
+        run_epoch(step, crops)
+        run_epoch(step, whole, epoch=1)
     assert step.possible, step.note
     assert {tuple(shape) for shape in step.recordings} == {(count, 3, side, side) for count in (128, 80) for side in (24, 32)}
     assert launches.waits == []
+
+
+def test_a_copy_that_waits_is_seen():
+    with fake_cuda(), Launches() as launches:
+        there = torch.empty(3).to(CUDA, non_blocking=True)
+        torch.empty(3, device=CUDA).copy_(there)
+        torch.empty(3).copy_(there, non_blocking=True)
+        assert launches.waits == []
+        there.cpu()
+        torch.empty(3).to(CUDA)
+        torch.empty(3).copy_(there)
+    assert launches.waits == ["_to_copy", "_to_copy", "copy_"]
 
 
 def test_an_empty_part_of_a_batch_stays_in_float32():
@@ -108,6 +122,7 @@ def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():
     config = Config(batches="device", capture="on")
     with fake_cuda(bfloat16=False), Launches() as launches, mock.patch.object(Metrics, "add") as add:
         step, batches = fake_step(config), fake_batches(config)
+        launches.waits.clear()  # of setting up
         seen = []
         step.net.input_block[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
         run_epoch(step, batches)
