@@ -111,9 +111,9 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     if not processes.is_first:
         writer: RunWriter = NoWriter()
     elif unfinished:
-        writer = resume_run(unfinished, config, record, net, optimizer)
+        writer = resume_run(unfinished, config, record, net, optimizer, teachers)
     else:
-        writer = start_run(config, record, net, optimizer)
+        writer = start_run(config, record, net, optimizer, teachers)
 
     with writer, closing(make_batches(config, images, policies, device, processes.share_of)) as batches:
         writer.start_log(network_summary)

@@ -297,6 +297,9 @@ def run_part(name: str, options: Options, seconds: float) -> list[str]:
         out, err = process.communicate(timeout=seconds)
         if process.returncode:
             ending = f"{name}: failed: {(err.strip().splitlines() or ['it said nothing'])[-1][:120]}"
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
         out, ending = process.communicate()[0], f"{name}: stopped, it took more than {seconds:.0f} s"

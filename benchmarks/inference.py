@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
 
 RESULTS = Path(__file__).parent / "results"
-WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "strong" / "seed-0" / "final.safetensors"
+WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "best" / "seed-0" / "final.safetensors"
 OURS = "our Net"
 EAGER, COMPILED, FLOAT32, INT8 = "PyTorch", "PyTorch compiled", "ONNX Runtime", "ONNX Runtime int8"
 POINTWISE = "ORT int8 pointwise"  # in ONNX Runtime, all else in float32

@@ -19,7 +19,7 @@ from model import Net
 from training.machine import find_device
 
 WARM_UP = 10  # steps before the clock starts, on a CPU; on a GPU a whole epoch
-# "train" and "test" in images per second; of a GPU "once", the seconds that only a first epoch takes, and "memory" in bytes
+# "train" and "test" in images per second; of a GPU "once", the seconds that only a first epoch takes
 Measured = dict[str, float]
 Batches = Iterable[tuple[torch.Tensor, torch.Tensor]]
 

@@ -10,7 +10,7 @@ from experiments.comparison import Table, make_tables, read_finished
 from experiments.plots import draw_experiments
 from experiments.report import as_csv, as_text
 from runs.files import write
-from runs.finding import REFERENCE, find_runs, named_runs, refuse_run_folder
+from runs.finding import PROGRAM, REFERENCE, find_runs, named_runs, refuse_run_folder
 from runs.record import Run, read_run
 
 
@@ -33,8 +33,8 @@ def _reference() -> Run:
     try:
         return read_run(REFERENCE)
     except UserError as error:
-        raise UserError(f"the reference run is missing or damaged ({error}): restore it with git checkout "
-                        f"{shlex.quote(str(REFERENCE))}") from error
+        raise UserError(f"the reference run is missing or damaged ({error}): restore it with git -C "
+                        f"{shlex.quote(str(PROGRAM))} checkout -- logs/reference") from error
 
 
 def _folders(log_dir: Path, names: Sequence[str]) -> list[Path]:

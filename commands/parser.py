@@ -7,7 +7,7 @@ import itertools
 import platform
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from commands import help as texts
@@ -99,8 +99,15 @@ def _parse_train(line: list[str]) -> Namespace:
     if resume is None and "data_dir" in given:
         given.setdefault("dataset", _named_dataset(given["data_dir"]))
     config = None if resume is not None else Config(**given)
+    _check_name(given)
     _warn_about_threads(given.get("threads", 0))
     return Namespace(given=given, resume=resume, config=config)
+
+
+def _check_name(given: Mapping[str, Any]) -> None:
+    """Raise UserError for a name that a sweep would read as those of several teachers; older runs may have one."""
+    if "+" in given.get("name", ""):
+        raise UserError(f"--name is {given['name']!r}, but must not contain +, which separates the teachers of a sweep")
 
 
 def _named_dataset(data_dir: str) -> str:
@@ -138,6 +145,7 @@ def _parse_sweep(line: list[str]) -> Namespace:
     seeds, one_at_a_time, recipe = (given.pop(name) for name in ("seeds", "one_at_a_time", "recipe"))
     on, cpus, gpus = (given.pop(name) for name in ("on", "cpus_per_run", "gpus_per_run"))
     _check_cluster(on, cpus, gpus, given.get("threads", 0))
+    _check_name(given)
     if not 1 <= seeds <= 1000:
         raise UserError(f"--seeds is {seeds}, but must lie in 1 to 1000")
     base = recipe | {name: value for name, value in given.items() if name in MACHINE_SETTINGS}

@@ -6,7 +6,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import UserError
-from images.decoding import LISTED_ERRORS
+from images.decoding import LISTED_ERRORS, REMEDY
 from inference.classifier import Classifier
 from inference.network import build_trained_net
 from inference.prediction import Prediction, as_json, as_text, image_files, predict_files
@@ -33,4 +33,4 @@ def run(arguments: Namespace) -> None:
         print(as_json(predictions, arguments.top))
     if errors:
         others = f", and {len(errors) - LISTED_ERRORS:,} more of {len(files):,} files" if len(errors) > LISTED_ERRORS else ""
-        raise UserError("; ".join(map(str, errors[:LISTED_ERRORS])) + others)
+        raise UserError("; ".join(str(error).removesuffix(REMEDY) for error in errors[:LISTED_ERRORS]) + others + REMEDY)

@@ -43,7 +43,7 @@ def _aligned(table: Table) -> list[str]:
 def _with_short_teachers(label: str) -> str:
     """The label with several teachers joined by " + ", where a line can break, and without the dates of runs that have a name:
     the digests tell them apart."""
-    label = re.sub(r"(?<=[ ,])\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-(?=[^ ,]+:[0-9a-f]{8})", "", label)
+    label = re.sub(r"(?<=[ ,])\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-(?!\d+[:/])(?=[^ ,]+:[0-9a-f]{8})", "", label)
     return re.sub(r"(:[0-9a-f]{8}),(?=[^ ])", r"\1 + ", label)
 
 

@@ -4,7 +4,6 @@ import multiprocessing
 import signal
 import stat
 import sys
-import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -115,7 +114,7 @@ def decode_all(paths: list[str]) -> np.ndarray:
             pool = ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn"),
                                        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             try:
-                with _interrupts_ignored():  # by the processes that this starts, also before their initializer runs
+                with _interrupts_wait():
                     results = pool.map(_decode_chunk, chunks)
                 done = _collect(results, bar)
             except BrokenProcessPool as error:
@@ -132,16 +131,17 @@ def decode_all(paths: list[str]) -> np.ndarray:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ignore SIGINT, where this thread may decide that. Processes that are started then ignore it as well."""
-    if threading.current_thread() is not threading.main_thread():
+def _interrupts_wait() -> Iterator[None]:
+    """Block SIGINT in the body, where the system can. Processes that are started there have it blocked from their beginning;
+    this one receives it afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _collect(chunks: Iterable[_Chunk], bar: tqdm) -> list[_Chunk]:

@@ -58,7 +58,7 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
     if weights.identity and weights.identity != network_identity(net):
         raise UserError(f"{weights.path} holds weights of another network than that of {model or MODEL}: "
                         + _remedy(weights, model))
-    weights.load_into(net)
+    weights.load_into(net, _remedy(weights, model))
     check_output(net, num_classes, torch.device("cpu"))
     return net
 

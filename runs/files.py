@@ -17,6 +17,10 @@ TEMPORARY = ".tmp-"  # how the names of half-written files begin
 UNNAMED = ".new-"  # how the names of half-made run folders begin
 
 
+class NoFileLocks(UserError):
+    """The file system has no file locks."""
+
+
 def write(path: Path, data: bytes | str, durable: bool = False) -> None:
     """Replace the file `path` by `data` atomically: a reader or a crash finds the whole old file or the whole new one.
 
@@ -79,7 +83,7 @@ def lock_file(path: Path) -> IO[bytes] | None:
         return None
     except OSError as error:
         file.close()
-        raise UserError(f"the file system of {path.parent} has no file locks ({error.strerror}), without which two programs "
+        raise NoFileLocks(f"the file system of {path.parent} has no file locks ({error.strerror}), without which two programs "
                         "could train the same run: choose another --log-dir") from error
     return file
 

@@ -118,7 +118,8 @@ def check_record(record: object, path: Path) -> None:
 
 
 def _is_setting(name: str, value: Any) -> bool:
-    """Whether a setting may have this value. Settings of other versions may have any, and `capture` once was true or false."""
+    """Whether `value` is valid for the setting. Names that this version doesn't have are accepted, and so is the older true or
+    false of `capture`."""
     if name not in SETTINGS or (name == "capture" and isinstance(value, bool)):
         return True
     try:

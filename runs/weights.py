@@ -58,13 +58,13 @@ class Weights:
         self.load_into(net)
         return net
 
-    def load_into(self, net: nn.Module) -> None:
-        """Copy these weights into `net`."""
+    def load_into(self, net: nn.Module, remedy: str = "undo the edits made since, or train again") -> None:
+        """Copy these weights into `net`. Raises UserError, which ends with the `remedy`, where they don't fit."""
         try:
             net.load_state_dict(self.tensors)
         except RuntimeError as error:
             raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
-                            f"({' '.join(str(error).split())[:200]}): undo the edits made since, or train again") from error
+                            f"({' '.join(str(error).split())[:200]}): {remedy}") from error
 
 
 def find_weights(log_dir: Path, name: str | None) -> Path:

@@ -6,22 +6,22 @@ import os
 import shlex
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
 
-from config import Config, UserError
+from config import Config
 from runs.checkpoint import State, make_state, pack, write_checkpoint
-from runs.files import make_run_folder, remove_run_leftovers, write
+from runs.files import NoFileLocks, make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
 from runs.jobs import mark_job
 from runs.log import AccuracyLog, Row, comments
 from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
 from runs.resuming import Unfinished, lock_run
-from runs.weights import find_weights, save_weights
+from runs.weights import Weights, save_weights
 from training.errors import Diverged
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
@@ -150,42 +150,40 @@ class NoWriter(RunWriter):
         pass
 
 
-def local_places(config: Config) -> dict[str, str]:
-    """Where images, logs and teachers are on this machine, to find them again from another folder, or beside newer runs."""
-    teachers = []
-    for name in config.teacher.split(","):
-        with contextlib.suppress(UserError):  # no teacher, or none on this machine of a cluster
-            name = os.path.abspath(find_weights(Path(config.log_dir), name)) if name else name
-        teachers.append(name)
-    if any("," in name for name in teachers):  # which would be read as two
-        teachers = [config.teacher]
-    return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir, "teacher": ",".join(teachers)}
+def local_places(config: Config, teachers: Sequence[Weights]) -> dict[str, str]:
+    """The log folder, and absolute paths of the images and the teachers, so that a run can be resumed from another working
+    folder, and keeps its teachers when newer runs have their names."""
+    paths = [os.path.abspath(teacher.path) for teacher in teachers]
+    usable = all(os.path.exists(path) and "," not in path for path in paths)  # a cluster's machine may have no file of them
+    return {"data_dir": os.path.abspath(config.data_dir), "log_dir": config.log_dir,
+            "teacher": ",".join(paths) if usable else config.teacher}
 
 
-def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer) -> RunWriter:
+def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.optim.Optimizer,
+              teachers: Sequence[Weights] = ()) -> RunWriter:
     """Make the folder of a new run, with a checkpoint of its beginning, so that it can be resumed from then on."""
     remove_run_leftovers(Path(config.log_dir))
-    places = local_places(config)
+    places = local_places(config, teachers)
     state = make_state(net, optimizer, [], record, places)
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
         CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
     try:
         lock = lock_run(folder)
-    except UserError:  # a file system without locks
+    except NoFileLocks:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return RunWriter(folder, lock, record, places, net, optimizer, state)
 
 
 def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.Module,
-               optimizer: torch.optim.Optimizer) -> RunWriter:
+               optimizer: torch.optim.Optimizer, teachers: Sequence[Weights] = ()) -> RunWriter:
     """Load the state of an unfinished run into `net` and `optimizer`, and go on with its files."""
     record, state = unfinished.continue_record(record), unfinished.state
     with unfinished.as_mismatch_error():
         net.load_state_dict(state["net"])
         _load_optimizer_state(optimizer, state["optimizer"]["state"])
-    return RunWriter(unfinished.folder, unfinished.lock, record, local_places(config), net, optimizer, state)
+    return RunWriter(unfinished.folder, unfinished.lock, record, local_places(config, teachers), net, optimizer, state)
 
 
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:

@@ -1,13 +1,17 @@
 """Distillation: whole runs with a teacher."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
-from conftest import at_epoch, figures, one_line, raising, weights_of
+from conftest import REFERENCE, at_epoch, figures, one_line, raising, weights_of
 
 from config import Config
 from experiments.differences import effective_settings
 from experiments.sweep import find_matching_run, plan_runs
 from runs.finding import RunState, find_runs
-from runs.record import read_run
+from runs.record import FINAL, read_run
 from runs.resuming import restore_config
 from runs.weights import read_weights
 from runs.writer import local_places
@@ -98,14 +102,13 @@ def test_a_resumed_run_has_the_same_teacher(run, tmp_path, taught, monkeypatch):
 
 
 def test_a_teacher_in_a_folder_with_a_comma_is_found_again(tmp_path, monkeypatch):
-    for folder in (tmp_path / "a,b" / "wide", tmp_path / "wide"):
-        folder.mkdir(parents=True)
-        for name in ("summary.json", "final.safetensors"):
-            (folder / name).touch()
-    monkeypatch.chdir(tmp_path / "a,b")
-    assert local_places(Config(teacher="wide,other"))["teacher"] == "wide,other"
+    teacher, config = read_weights(REFERENCE / "final.safetensors"), Config(teacher="wide")
     monkeypatch.chdir(tmp_path)
-    assert local_places(Config(teacher="wide,other"))["teacher"] == f"{tmp_path / 'wide' / 'final.safetensors'},other"
+    for folder in ("a,b", "ab"):
+        Path(folder).mkdir()
+        shutil.copy(teacher.path, folder)
+    places = [local_places(config, [replace(teacher, path=Path(folder, FINAL))])["teacher"] for folder in ("a,b", "ab", "gone")]
+    assert places == ["wide", str(tmp_path / "ab" / FINAL), "wide"]
 
 
 def test_a_run_finds_its_teacher_again_beside_a_folder_and_a_newer_run_of_that_name(run, tmp_path, taught, monkeypatch):

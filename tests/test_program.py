@@ -242,7 +242,7 @@ def test_compare_without_the_reference_run_says_how_to_restore_it(command, run, 
     monkeypatch.setattr(compare, "REFERENCE", tmp_path / "gone")
     status, _, err = command("compare", "--log-dir", tmp_path / "logs")
     assert status == 2
-    assert f"restore it with git checkout {tmp_path / 'gone'}" in one_line(err)
+    assert f"restore it with git -C {ROOT} checkout -- logs/reference" in one_line(err)
 
 
 def test_the_default_data_dir_typed_out_must_hold_cifar10(command, tmp_path, monkeypatch):

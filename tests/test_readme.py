@@ -291,7 +291,7 @@ def test_the_program_can_still_test_every_committed_network(weights, cifar10, co
 
 def _mirrored_as_told() -> dict[str, float]:
     """What README.md says of mirrored images at the test, by the run's folder."""
-    told = re.search("- Also mirrored at the test, .*?`python", text_of("README.md"), re.DOTALL)[0]
+    told = re.search("- With each test image also mirrored, .*?`python", text_of("README.md"), re.DOTALL)[0]
     _, *parts = re.split("(`best`|`strong`|on small crops|`fast`|the reference run)", told)
     folders = {"`best`": "best", "`strong`": "strong", "on small crops": "strong-crops", "`fast`": "fast"}
     figures = {}

@@ -65,7 +65,7 @@ class CapturedStep:
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
                 reason = self._capture(*inputs, self.net) or self._check(*inputs)
                 if self.fused and not reason and len(labels) == self.step.full_batch:
-                    self.kernels = self._try_fused(*inputs, self.fused)
+                    self.kernels, reason = self._try_fused(*inputs, self.fused)
         finally:
             with torch.no_grad():
                 put_back(step_state(self.step), before)
@@ -77,15 +77,15 @@ class CapturedStep:
             self.recordings.clear()
             tqdm.write(f"Steps are not captured: {reason}.")
 
-    def _try_fused(self, images: Tensor, labels: Tensor, fused: Forward) -> str:
+    def _try_fused(self, images: Tensor, labels: Tensor, fused: Forward) -> tuple[str, str]:
         """Record a step by the fused kernels, in place of PyTorch's recording if it agrees with an eager step and is faster.
-        Returns what became of it, for the note."""
+        Returns what became of it, for the note; and why steps can't be captured any more, or ""."""
         plain, difference = self.recordings[images.shape], self.difference
         try:
             reason = self._capture(images, labels, fused)
-            if reason:  # and dropout now draws from another generator than the one that PyTorch's recording knows
-                self._capture(images, labels, self.net)
-                return f" without fused kernels ({reason})"
+            if reason:  # PyTorch's recording used the random generator that the failed capture has replaced: record it again
+                return f" without fused kernels ({reason})", (
+                    self._capture(images, labels, self.net) or self._check(images, labels))
             reason = self._check(images, labels)
         except torch.OutOfMemoryError:
             raise
@@ -95,9 +95,9 @@ class CapturedStep:
             times = [_milliseconds(recording[2], self.device) for recording in (self.recordings[images.shape], plain)]
             reason = "{:.2f} ms a step, {:.2f} with PyTorch's".format(*times)
             if times[0] < times[1]:
-                return f" with fused kernels ({reason})"
+                return f" with fused kernels ({reason})", ""
         self.recordings[images.shape], self.difference = plain, difference
-        return f" without fused kernels ({reason})"
+        return f" without fused kernels ({reason})", ""
 
     def _capture(self, images: Tensor, labels: Tensor, forward: Forward) -> str:
         """Record a step on these tensors, with this forward pass. Returns why that failed, or ""."""

@@ -126,7 +126,7 @@ class Processes:
             if turn and images is None:
                 with contextlib.redirect_stderr(io.StringIO()):  # the first process has told what there is to tell
                     images = load(kind, config.data_dir)
-            self.sum(0)  # wait for the others; of no numbers at all gloo would not
+            self.sum(0)  # a barrier; gloo's all_reduce of an empty tensor doesn't wait
         assert images is not None
         fingerprint = images.fingerprint
         if self.broadcast(lambda: fingerprint) != fingerprint:

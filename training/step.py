@@ -36,7 +36,7 @@ class TrainStep:
             return
         self.full_batch = self.full_batch or len(images)
         with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
-            # an empty part stays in float32, as the sums that SyncBatchNorm exchanges
+            # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input: so no autocast there
             with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
                 logits = self.forward(images)
                 # on CUDA autocast would leave its softmax in bfloat16
@@ -44,7 +44,8 @@ class TrainStep:
                 if self.distillation:
                     loss = self.distillation.loss(loss, logits, images)
             self.optimizer.zero_grad()
-            # In several processes the gradients of the sum: SyncBatchNorm adds up those of all parts, which may differ in size
+            # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
+            # differ in size
             (loss * len(images) if self.processes.size > 1 else loss).backward()
             self.processes.average_gradients(self.net, len(images))
             self.optimizer.step()

@@ -45,7 +45,8 @@ def test_a_mistake_in_a_recipe_is_named(monkeypatch):
     (["sweep", "--seeds", "0"], "--seeds is 0"), (["sweep", "--lr", "0.1,0.1"], "has a value twice"),
     (["sweep", "--epochs", "1,x"], "must be ints"), (["sweep", "--nesterov", "yes"], "must be true or false"),
     (["--epochs", "9" * 400], "must lie in 1 to"),
-    (["--seed", "9" * 400], "must lie in 0 to"), (["--name", "a+b"], "digits and _.=-"),
+    (["--seed", "9" * 400], "must lie in 0 to"), (["--name", "a+b"], "must not contain +"),
+    (["sweep", "--seeds", "2", "--name", "a+b"], "must not contain +"),
     (["export", "--to", "onx"], "invalid choice: 'onx'"), (["predict", "x.png", "--top", "0"], "--top is 0"),
     (["predict"], "required: IMAGE"), (["test", "--device", "gpu"], "--device is 'gpu'")])
 def test_wrong_lines_are_named(line, words):

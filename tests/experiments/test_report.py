@@ -53,9 +53,11 @@ def test_with_validation_it_fits_too(make, tmp_path):
 def test_teachers_are_told_without_the_dates_of_their_runs(make, tmp_path):
     make(88, epochs=8, teacher="2026-11-26_12-12-23-one:98bfadf7,2026-11-26_12-12-45:2215ce86", lr=0.1)
     make(87, epochs=8, teacher="2026-11-26_12-12-23-one:98bfadf7", lr=0.2)
+    make(86, epochs=8, teacher="2026-11-26_12-12-23-2:98bfadf8", lr=0.3)
     text = as_text(compared(tmp_path))
     assert re.search(r"^lr 0\.1, teacher one:98bfadf7 \+ +1 +88\.00 .*\n 2026-11-26_12-12-45:2215ce86$", text, re.MULTILINE)
     assert re.search(r"^lr 0\.2, teacher one:98bfadf7 +1 +87\.00 ", text, re.MULTILINE)
+    assert "2026-11-26_12-12-23-2:98bfadf8" in "".join(line.strip() for line in text.splitlines())
 
 
 def test_what_all_groups_share_is_told_once(make, tmp_path):

@@ -104,9 +104,10 @@ def test_a_file_that_is_no_image_costs_the_others_nothing(command, tmp_path, mon
     notice, error = err.splitlines()
     assert notice == "2 of 17 images had another size and were resized to 32x32"
     assert "a_text.png is not a whole image" in error
-    assert error.count(": replace or remove it") == 3
+    assert all(name in error for name in ("a_text.png", "large_cut.jpg", "numbers.tiff"))
+    assert error.count(": replace or remove it") == 1
     monkeypatch.setattr(predict, "LISTED_ERRORS", 1)
-    assert command("predict", folder, "--run", run)[2].endswith(", and 2 more of 17 files\n")
+    assert command("predict", folder, "--run", run)[2].endswith(", and 2 more of 17 files: replace or remove it\n")
     status, out, err = command("predict", folder / "a_text.png", "--json", "--run", run)
     assert status == 2
     assert json.loads(out) == []

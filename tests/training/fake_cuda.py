@@ -28,10 +28,8 @@ NO_KERNEL = {"view", "_unsafe_view", "_reshape_alias", "alias", "as_strided", "d
              "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 # Operations that launch two kernels: sums and their use; gradients of the input and of the weight
 TWO_KERNELS = {"convolution_backward", "native_batch_norm", "native_batch_norm_backward"}
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
-
-
 COPIES = {"_to_copy", "copy_"}
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique", "_unique2"}
 
 
 def _is_blocking_copy(name: str, args: tuple, kwargs: dict[str, Any], target: Tensor) -> bool:

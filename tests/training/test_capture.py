@@ -339,11 +339,17 @@ def fail(net, images):
     raise ValueError("no kernel\n  for this GPU")
 
 
+def fail_to_capture(net, images):
+    raise RuntimeError("not in a capture\n  please")
+
+
 @pytest.mark.parametrize(("forward", "times", "note"), [
     (lambda net, images: net(images), (2.0, 1.0), "2.00 ms a step, 1.00 with PyTorch's"),
     (lambda net, images: net(images.flip(0)), (1.0, 2.0), "a replay's "),
     (lambda net, images: net(images).detach() + 0 * net(images), (1.0, 2.0), "a replay's "),
-    (fail, (1.0, 2.0), "ValueError: no kernel for this GPU")], ids=["slower", "wrong", "no gradients", "failing"])
+    (fail, (1.0, 2.0), "ValueError: no kernel for this GPU"),
+    (fail_to_capture, (1.0, 2.0), "the capture failed (not in a capture)")],
+    ids=["slower", "wrong", "no gradients", "failing", "failing to capture"])
 def test_fused_kernels_that_are_wrong_or_slower_are_left_out(device, batches, monkeypatch, forward, times, note):
     captured = fused_step(monkeypatch, device, forward, times)
     plain = CapturedStep(make_inner_step(device))

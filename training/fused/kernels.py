@@ -87,7 +87,7 @@ def _image_patches(images, row, valid, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
 
 @triton.jit
 def input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                   OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
+                  OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
     """The first 3x3 convolution, with padding 1, from float32 images; and the sums for its BatchNorm."""
     out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)
     weight = tl.load(weights + out[None, :] * IMAGE_TAPS + value[:, None], mask=(value < IMAGE_TAPS)[:, None], other=0.0)
@@ -105,9 +105,9 @@ def input_forward(images, weights, maps, centers, partial, rows, HEIGHT: tl.cons
 
 @triton.jit
 def separable_forward(maps_in, norm, pointwise, between, maps, centers, partial, rows,
-                       HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
-                       IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
-                       ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+                      HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+                      IN: tl.constexpr, OUT: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr,
+                      ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
     """BatchNorm and ReLU of the input, the depthwise convolution, whose result goes to `between`, the pointwise one, and the
     sums for its BatchNorm."""
     part = tl.program_id(1)
@@ -149,7 +149,7 @@ def sum_programs(partial, total, programs, VALUES: tl.constexpr, PROGRAMS: tl.co
 
 @triton.jit
 def finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm, programs, rows, momentum, epsilon,
-                 CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr, FILTERED: tl.constexpr):
+                CHANNELS: tl.constexpr, PROGRAMS: tl.constexpr, EACH: tl.constexpr, FILTERED: tl.constexpr):
     """The norm of EACH channels from the programs' sums, and the running statistics. The sums are of differences from the
     running mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the
     sample variance", shifted data). FILTERED: a depthwise convolution follows."""
@@ -198,7 +198,7 @@ def _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid):
 
 @triton.jit
 def pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
-                   ROWS: tl.constexpr):
+                  ROWS: tl.constexpr):
     """The gradients of the pooled pixels, and the sums for BatchNorm."""
     channel = tl.program_id(1) * 32 + tl.arange(0, 32)
     mean, rstd = tl.load(norm + MEAN * CHANNELS + channel), tl.load(norm + RSTD * CHANNELS + channel)
@@ -217,7 +217,7 @@ def pool_backward(feature_gradients, maps, norm, gradients, partial, rows, PIXEL
 
 @triton.jit
 def pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradients, rows, IN: tl.constexpr, OUT: tl.constexpr,
-                        ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+                       ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
     """The gradients between the depthwise and the pointwise convolution."""
     row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * INS + tl.arange(0, INS)
     valid = row < rows
@@ -232,7 +232,7 @@ def pointwise_backward(gradients, maps, norm, sums, pointwise, between_gradients
 
 @triton.jit
 def pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: tl.constexpr, OUT: tl.constexpr,
-                       ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
+                      ROWS: tl.constexpr, INS: tl.constexpr, OUTS: tl.constexpr):
     """A program's sum of the gradients of OUTS x INS pointwise weights."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     out, channel = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.program_id(2) * INS + tl.arange(0, INS)
@@ -248,8 +248,8 @@ def pointwise_weights(gradients, maps, norm, sums, between, partial, rows, IN: t
 
 @triton.jit
 def depthwise_backward(between_gradients, maps_in, norm, gradients, partial, rows,
-                        HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
-                        CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr):
+                       HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OUT_HEIGHT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+                       CHANNELS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr, ROWS: tl.constexpr):
     """The gradients of the block's input, and the sums of the weights' gradients and for the BatchNorm before."""
     channel = tl.program_id(1) * 32 + tl.arange(0, 32)
     mean, rstd = tl.load(norm + MEAN * CHANNELS + channel), tl.load(norm + RSTD * CHANNELS + channel)
@@ -283,7 +283,7 @@ def depthwise_backward(between_gradients, maps_in, norm, gradients, partial, row
 
 @triton.jit
 def input_weights(gradients, maps, norm, sums, images, partial, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr,
-                   OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
+                  OUT: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr):
     """A program's sum of the gradients of the first convolution's weights, OUTS x 27."""
     split, splits = tl.program_id(0), tl.num_programs(0)
     out, value = tl.program_id(1) * OUTS + tl.arange(0, OUTS), tl.arange(0, 32)

@@ -30,7 +30,8 @@ class _Features(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, images, layers, *parameters):
-        """The pooled features, N x channels. `parameters`, those of `layers`, are named for autograd only."""
+        """The pooled features, N x channels. `parameters` are those of `layers`, passed so that autograd returns
+        their gradients."""
         images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
         depthwises = [depthwise for depthwise, _, _ in blocks] + [None]
         maps, norm = launches.input_forward(images, first.weight, first_norm, depthwises[0])
@@ -53,7 +54,7 @@ class _Features(torch.autograd.Function):
             found += [sums[0], sums[1]]
             between_gradients, weights = launches.pointwise_backward(gradients, maps, norm, sums, between, pointwise.weight)
             gradients, filters, sums = launches.depthwise_backward(between_gradients, maps_in, norm_in, size, out_size,
-                                                                  depthwise)
+                                                                   depthwise)
             found += [weights, filters]
             maps, norm, out_size = maps_in, norm_in, size
         found += [sums[0], sums[1], launches.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
