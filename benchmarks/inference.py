@@ -1,11 +1,11 @@
 """What a prediction costs: our network and small CIFAR-10 networks of others, on one machine, in one run.
 
-    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*.txt: of a
-                                                              processor with VNNI, inference_vnni*.txt
+    python benchmarks/inference.py --data-dir ~/data          prints, and writes benchmarks/results/inference*.txt; the
+                                                              names say vnni, and intel, of such a processor
     python benchmarks/readme.py                               draws benchmarks/results/inference.png from them
 
 All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of inference/export.py.
-Each is a process of its own; they take turns, and medians are compared. Ours has the weights of `strong`, seed 0;
+Each is a process of its own; they take turns, and medians are compared. Ours has the weights of `best`, seed 0;
 those of the others are random, which costs the same, with BatchNorm statistics from real images; their accuracies are the
 published ones.
 """
@@ -237,9 +237,9 @@ def main() -> None:
     text = table(facts, available_cores(), processor())
     print("\n" + text + "\n" + shares)
     RESULTS.mkdir(exist_ok=True)
-    vnni = "_vnni" if "with VNNI" in processor() else ""
-    (RESULTS / f"inference{vnni}.txt").write_text(text)
-    (RESULTS / f"inference{vnni}_profile.txt").write_text(shares)
+    kind = ("_intel" if "Intel" in processor() else "") + ("_vnni" if "with VNNI" in processor() else "")
+    (RESULTS / f"inference{kind}.txt").write_text(text)
+    (RESULTS / f"inference{kind}_profile.txt").write_text(shares)
 
 
 if __name__ == "__main__":
