@@ -125,7 +125,10 @@ def test_the_kernels_compile(monkeypatch, capability):
         names = [parameter.name for parameter in kernel.params]
         signature = {name: types[getattr(value, "dtype", type(value))] for name, value in zip(names, args, strict=False)}
         constants = {name: options.pop(name) for name in names if name in options}
-        source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
+        # as a launch does: memory begins at a multiple of 16 bytes
+        aligned = {(place,): [["tt.divisibility", 16]] for place, value in enumerate(args)
+                   if isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)}
+        source = triton.compiler.ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
         if (key := (kernel.__name__, str(constants))) not in compiled:
             binary = triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=options)
             assert binary.metadata.shared <= 96 * 1024
