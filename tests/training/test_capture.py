@@ -343,6 +343,14 @@ def fail_to_capture(net, images):
     raise RuntimeError("not in a capture\n  please")
 
 
+def test_after_a_fused_capture_has_failed_pytorchs_step_is_recorded_again(device, batches, monkeypatch):
+    captured, own = fused_step(monkeypatch, device, fail_to_capture, (1.0, 2.0)), []
+    capture = captured._capture
+    monkeypatch.setattr(captured, "_capture", lambda *inputs: own.append(inputs[2] is captured.net) or capture(*inputs))
+    train(captured, batches)
+    assert own[:3] == [True, False, True]
+
+
 @pytest.mark.parametrize(("forward", "times", "note"), [
     (lambda net, images: net(images), (2.0, 1.0), "2.00 ms a step, 1.00 with PyTorch's"),
     (lambda net, images: net(images.flip(0)), (1.0, 2.0), "a replay's "),
