@@ -96,10 +96,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is float and type(value) is int and abs(value) < 2**53:
-                object.__setattr__(self, field.name, value := float(value))
-            check_setting(field, value)
+            object.__setattr__(self, field.name, check_setting(field, getattr(self, field.name)))
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr is {self.min_lr}, but must not exceed --lr, {self.lr}: lower --min-lr")
         if self.nesterov and self.momentum == 0:
@@ -152,9 +149,12 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_setting(field: dataclasses.Field, value: Any) -> None:
-    """Raise UserError unless `value` has the field's type and lies in its range."""
+def check_setting(field: dataclasses.Field, value: Any) -> Any:
+    """Return `value`, a whole number as a float where the field is one. Raises UserError unless it has the field's type and
+    lies in its range."""
     low, high, choices = field.metadata["low"], field.metadata["high"], field.metadata["choices"]
+    if field.type is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
     if type(value) is not field.type:
         raise UserError(f"{flag(field.name)} is {value!r}, but must be of type {field.type.__name__}")  # type: ignore[union-attr]
     if choices and value not in choices:
@@ -162,6 +162,7 @@ def check_setting(field: dataclasses.Field, value: Any) -> None:
                         + did_you_mean(value, choices))
     if low is not None and not low <= value <= high:  # nan is in no range
         raise UserError(f"{flag(field.name)} is {value}, but must lie in {low} to {high}")
+    return value
 
 
 # LEARNINGS.md tells how these were chosen. By itself, only the learning rate made a significant difference

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from analysis.identity import network_identity
 from config import UserError, net_settings
 from model import Net
 from runs.record import MODEL
@@ -55,9 +54,7 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
         raise UserError(f"Net of {model or MODEL} must take num_classes, dropout and width ({error})") from error
     if not isinstance(net, nn.Module):
         raise UserError(f"Net of {model or MODEL} must return a torch.nn.Module, and returned {type(net).__name__}")
-    if weights.identity and weights.identity != network_identity(net):
-        raise UserError(f"{weights.path} holds weights of another network than that of {model or MODEL}: "
-                        + _remedy(weights, model))
+    weights.check_identity(net, model or MODEL, _remedy(weights, model))
     weights.load_into(net, _remedy(weights, model))
     check_output(net, num_classes, torch.device("cpu"))
     return net

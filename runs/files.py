@@ -96,13 +96,10 @@ def make_run_folder(log_dir: Path, stem: str, files: Mapping[str, bytes | str]) 
     runs = log_dir / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
-    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc; a file, or a link to nowhere
-        raise UserError(f"the folder {runs} can't be made ({error.strerror}): choose another --log-dir") from error
-    except OSError as error:
-        raise unwritable(runs / stem, error) from error
-    try:
         hidden = Path(tempfile.mkdtemp(dir=runs, prefix=UNNAMED))
         hidden.chmod(0o755)
+    except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc; a file, or a link to nowhere
+        raise UserError(f"the folder {runs} can't be made ({error.strerror}): choose another --log-dir") from error
     except OSError as error:
         raise unwritable(runs / stem, error) from error
     try:

@@ -123,8 +123,8 @@ def _is_setting(name: str, value: Any) -> bool:
     if name not in SETTINGS or (name == "capture" and isinstance(value, bool)):
         return True
     try:
-        check_setting(SETTINGS[name], float(value) if SETTINGS[name].type is float and type(value) is int else value)
-    except (UserError, OverflowError):
+        check_setting(SETTINGS[name], value)
+    except UserError:
         return False
     return True
 

@@ -19,7 +19,7 @@ from images.dataset import Images
 from model import Net
 from runs.files import write
 from runs.finding import find_finished
-from runs.record import FINAL
+from runs.record import FINAL, MODEL
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ class Weights:
     def build_net(self) -> nn.Module:
         """The network of these weights, on the CPU. Raises UserError where model.py has another one."""
         net = Net(len(self.class_names), **net_settings(self.config))
-        if self.identity and self.identity != network_identity(net):
-            raise UserError(f"{self.path} holds weights of another network than that of model.py: name a run of the present "
-                            "network, or undo the edits made since")
+        self.check_identity(net, MODEL, "name a run of the present network, or undo the edits made since")
         self.load_into(net)
         return net
+
+    def check_identity(self, net: nn.Module, source: str, remedy: str) -> None:
+        """Raise UserError, which ends with the `remedy`, where these weights record the identity of another network than `net`,
+        which the file `source` defines."""
+        if self.identity and self.identity != network_identity(net):
+            raise UserError(f"{self.path} holds weights of another network than that of {source}: {remedy}")
 
     def load_into(self, net: nn.Module, remedy: str = "undo the edits made since, or train again") -> None:
         """Copy these weights into `net`. Raises UserError, which ends with the `remedy`, where they don't fit."""
