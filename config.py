@@ -70,10 +70,6 @@ class Config:
                            "or a path; several, separated by commas: the mean of their predictions (in a sweep: A+B); empty: "
                            "train on labels alone")
     teacher_share: float = setting(0.9, "weight of the distillation loss; that of the label loss is 1 minus it", low=0, high=1)
-    mixup: float = setting(0.0, "largest share of another image of the batch that is blended into each image; for runs with "
-                           "a teacher, whose predictions tell of both", low=0, high=0.5)
-    cutmix: float = setting(0.0, "probability that a square of another image of the batch is pasted into an image; for runs "
-                            "with a teacher, too", low=0, high=1)
     temperature: float = setting(4.0, "temperature of the distillation loss: both networks' logits are divided by it",
                                  low=0.1, high=100)
 

@@ -29,7 +29,6 @@ from tqdm import tqdm
 from analysis.identity import describe_network
 from analysis.summary import torch_summary
 from batches.making import Batches, make_batches, make_policies, resolve_batches
-from batches.mixing import mix
 from commands.start import STARTED, run_or_exit
 from config import Config, UserError, available_cores, net_settings
 from images.dataset import SIDE, Images
@@ -182,11 +181,8 @@ def run_epoch(config: Config, images: Images, batches: Batches, step: Step, epoc
 
     progress = tqdm(total=len(images.train), desc=f"epoch {epoch}", unit=" images", mininterval=1, leave=False,
                     dynamic_ncols=True, bar_format=EPOCH_BAR, disable=None if processes.is_first else True)
-    stream = batches.shuffled(policy_name(config, epoch), epoch)
-    if config.mixup or config.cutmix:
-        stream = mix(stream, config.mixup, config.cutmix, config.seed, epoch, len(images.train))
     with progress:
-        train_result = train_epoch(step, stream, rate, progress,
+        train_result = train_epoch(step, batches.shuffled(policy_name(config, epoch), epoch), rate, progress,
                                    batch_sizes(len(images.train), config.batch_size))
     row = {"epoch": epoch, "lr": rate(0), "train_loss": train_result.loss, "train_acc": train_result.accuracy}
     if config.validation:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-ORDER, AUGMENTATION, WHOLE_BATCHES, MIXING = 0, 1, 2, 3  # the purposes of random streams
+ORDER, AUGMENTATION, WHOLE_BATCHES = 0, 1, 2  # the purposes of random streams
 
 
 def random_stream(seed: int, purpose: int, epoch: int, image: int = 0) -> np.random.Generator:

@@ -243,7 +243,8 @@ def tables() -> dict[str, str]:
         "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
         "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops"),
         "strong crops changes": changes_table("strong_crops_changes"), "teacher crops": runs_table("teacher_crops"),
-        "teacher settings": runs_table("teacher_settings"), "wide teachers": runs_table("wide_teachers")}
+        "teacher settings": runs_table("teacher_settings"), "wide teachers": runs_table("wide_teachers"),
+        "mixed images": runs_table("mixed_images")}
 
 
 def documents() -> list[Path]:
