@@ -73,7 +73,7 @@ def saved(monkeypatch) -> list[Figure]:
 @pytest.fixture
 def cifar10() -> Path:
     """The folder of the real CIFAR-10."""
-    if "CIFAR10_DIR" not in os.environ:
+    if not os.environ.get("CIFAR10_DIR"):
         pytest.skip("CIFAR10_DIR does not name a folder with cifar-10-batches-py")
     return Path(os.environ["CIFAR10_DIR"])
 

@@ -63,7 +63,9 @@ class _Features(torch.autograd.Function):
 
 def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """What computes as `net` does in training, by the kernels; it shares the layers of `net`. None where `net` doesn't begin
-    with a Chain."""
+    with a Chain, or has hooks, which would not be called."""
+    if any(_has_hooks(module) for module in net.modules()):
+        return None
     try:
         with in_mode(net, training=True):
             graph = fx.symbolic_trace(net).graph
@@ -98,7 +100,7 @@ def _as_chain(layers: list[Any]) -> Chain | None:
     kinds = [type(layer) for layer in layers]
     block = [nn.Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     number = (len(layers) - 4) // 4
-    if kinds != [*block[1:], *number * block, nn.AdaptiveAvgPool2d] or any(_has_hooks(layer) for layer in layers):
+    if kinds != [*block[1:], *number * block, nn.AdaptiveAvgPool2d]:
         return None
     first, first_norm, _, *middle, pool = layers
     blocks = [tuple(middle[start:start + 3]) for start in range(0, len(middle), 4)]
