@@ -101,8 +101,8 @@ def changed(change) -> Net:
     changed(lambda net: setattr(net.conv_block2[0][0], "padding", (0, 0))),
     changed(lambda net: net.conv_block3.insert(1, nn.Dropout(0.1))),
     Doubled(), Choosing(),
-], ids=["other", "no input", "48 channels", "bias", "hook on the network", "hook on a block", "hook on a layer", "no momentum", "padding", "dropout",
-        "another input", "an if"])
+], ids=["other", "no input", "48 channels", "bias", "hook on the network", "hook on a block", "hook on a layer", "no momentum",
+        "padding", "dropout", "another input", "an if"])
 def test_what_the_kernels_do_not_compute_is_refused(net):
     assert fuse(net.to(memory_format=torch.channels_last)) is None
 
