@@ -73,9 +73,10 @@ def saved(monkeypatch) -> list[Figure]:
 @pytest.fixture
 def cifar10() -> Path:
     """The folder of the real CIFAR-10."""
-    if not os.environ.get("CIFAR10_DIR"):
+    folder = os.environ.get("CIFAR10_DIR")
+    if not folder:
         pytest.skip("CIFAR10_DIR does not name a folder with cifar-10-batches-py")
-    return Path(os.environ["CIFAR10_DIR"])
+    return Path(folder)
 
 
 @pytest.fixture

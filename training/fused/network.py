@@ -109,8 +109,8 @@ def _as_chain(layers: list[Any]) -> Chain | None:
     return Chain([(first, first_norm), *blocks]) if possible else None
 
 
-def _has_hooks(layer: nn.Module) -> bool:
-    return any((layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks))
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def _is_conv(layer: nn.Conv2d, kernel: int, groups: int) -> bool:
