@@ -57,6 +57,7 @@ from training.machine import (
 )
 from training.metrics import Result
 from training.schedule import learning_rate, policy_name
+from training.sgd import SGD
 
 NOT_MEASURED = Result(math.nan, math.nan)
 EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
@@ -95,8 +96,8 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
     net = synchronize_norms(net, processes, device)
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                                weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimizer = SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+                    weight_decay=config.weight_decay, fused=device.type == "cuda")
     distillation = None
     if teachers:
         check_teachers(teachers, images)

@@ -1,22 +1,30 @@
 """The official CIFAR-10, checked by MD5 and downloaded when absent."""
 
+import hashlib
 import os
+import pickle
 import socket
 import tempfile
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 from config import UserError
-from images.dataset import Images, Split, empty_split
+from images.dataset import SIDE, Images, Split, empty_split
 from images.folder import has_training_classes
 from images.leftovers import remove_leftovers
 from images.names import printable
 
 BATCHES_FOLDER = "cifar-10-batches-py"
+# The files of the official CIFAR-10 and their MD5, as torchvision.datasets.CIFAR10 has them
+TRAIN_FILES = {"data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+               "data_batch_3": "54ebc095f3ab1f0389bbae665268c751", "data_batch_4": "634d18415352ddfa80567beed471001a",
+               "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb"}
+TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
+NAMES_FILE = ("batches.meta", "5ff9c542aee3614f3951f8cda6e48888")
 TIMEOUT = 15  # seconds without an answer; without it a silent network hangs for ever
 
 
@@ -33,42 +41,47 @@ def find_cifar10(root: Path) -> Path:
 
 def cifar10(root: Path) -> Images:
     """Load the 50,000 training and 10,000 test images; `root` is as in find_cifar10. Download them where they are absent."""
-    torchvision = _torchvision_datasets()
     folder = find_cifar10(root)
-    root = folder.parent
-    remove_leftovers(root, ".download-*")
-    dataset = torchvision.CIFAR10
+    remove_leftovers(folder.parent, ".download-*")
     if not folder.exists():
-        _download(dataset, root)
-    for name, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
-        if not torchvision.utils.check_integrity(str(folder / name), md5):
-            state = "damaged" if (folder / name).exists() else "missing"
-            raise UserError(printable(f"{folder / name} is {state}: put the official file there, "
-                                      f"or delete {folder} to have CIFAR-10 downloaded again"))
-    parts = [dataset(str(root), train=is_train) for is_train in (True, False)]
-    train, test = (Split(np.ascontiguousarray(part.data), np.array(part.targets, dtype=np.int64)) for part in parts)
-    return Images("cifar10", tuple(parts[0].classes), train, test, empty_split())
+        _download(folder.parent)
+    train, test = (_read_split(folder, files) for files in (TRAIN_FILES, TEST_FILES))
+    return Images("cifar10", tuple(_read(folder, *NAMES_FILE)["label_names"]), train, test, empty_split())
 
 
-def _torchvision_datasets() -> ModuleType:
-    # Only CIFAR-10 needs torchvision, and a build that doesn't match torch can't even be imported.
-    try:
-        import torchvision.datasets
-    except (ImportError, RuntimeError, OSError, AttributeError) as error:
-        raise UserError(printable(f"CIFAR-10 is read with torchvision, which can't be imported ({error}): install the "
-                                  "release that fits torch, or train on --dataset folder or synthetic")) from error
-    return torchvision.datasets
+def _read_split(folder: Path, files: dict[str, str]) -> Split:
+    parts = [_read(folder, name, md5) for name, md5 in files.items()]
+    pixels = np.concatenate([part["data"] for part in parts]).reshape(-1, 3, SIDE, SIDE)
+    labels = np.concatenate([part["labels"] for part in parts])
+    return Split(np.ascontiguousarray(pixels.transpose(0, 2, 3, 1)), labels.astype(np.int64))
 
 
-def _download(dataset: type, root: Path) -> None:
+def _read(folder: Path, name: str, md5: str) -> dict[str, Any]:
+    """The content of an official file. Unpickling runs what a file says, so only those are unpickled."""
+    path = folder / name
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        state = "damaged" if path.exists() else "missing"
+        raise UserError(printable(f"{path} is {state}: put the official file there, or delete {folder} to have CIFAR-10 "
+                                  "downloaded again"))
+    return pickle.loads(content, encoding="latin1")
+
+
+def _download(root: Path) -> None:
     """Download into a temporary folder, then rename, so that a broken download leaves nothing that looks like CIFAR-10."""
+    # Only this needs torchvision, which takes seconds to import, and a build that doesn't match torch can't even be imported
+    try:
+        from torchvision.datasets import CIFAR10
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        raise UserError(printable(f"CIFAR-10 is downloaded with torchvision, which can't be imported ({error}): install the "
+                                  "release that fits torch, or train on --dataset folder or synthetic")) from error
     made = not root.exists()
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as temporary:
-            dataset(temporary, download=True)
+            CIFAR10(temporary, download=True)
             os.rename(Path(temporary) / BATCHES_FOLDER, root / BATCHES_FOLDER)
     except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong MD5, a RuntimeError
         if (root / BATCHES_FOLDER).exists():

@@ -1,7 +1,12 @@
 """What the tests share: a small folder of images, and the program run in this process or in one of its own."""
 
-import functools
 import os
+
+# Before torch is loaded: threads that spin while they wait would keep the other tests from the cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -46,15 +51,6 @@ def write_folder(root: Path, train: int = 16, test: int = 8, classes: int = 3) -
 def pictures(tmp_path_factory) -> Path:
     """A folder of 48 training and 24 test images in three classes."""
     return write_folder(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture
-def one_thread():
-    """Compute with one thread: small operations are slower on more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import ROOT, at_epoch, figures, one_line, only_run, raising, start_program, weights_of
+from conftest import ROOT, at_epoch, figures, one_line, only_run, raising, start_program, synthetic, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -18,12 +18,12 @@ from config import Config
 from images.dataset import Images, Split
 from images.folder import image_folder
 from images.loading import load_images
-from images.synthetic import synthetic
 from model import Net
 from runs.finding import find_runs
 from runs.log import read_log
 from runs.record import read_run
 from training.metrics import Result
+from training.sgd import SGD
 
 # the learning rates that the design fixes, by epoch
 RATES = {0: "0.010000", 10: "0.009619", 20: "0.008536", 30: "0.006914", 40: "0.005001", 50: "0.003087", 60: "0.001465",
@@ -299,16 +299,21 @@ def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monk
     assert not (only_run(tmp_path) / "final.safetensors").exists()
 
 
-def test_into_a_pipe_an_epoch_is_a_line(pictures, tmp_path):
+def test_into_a_pipe_an_epoch_is_a_line_and_no_slow_import_is_made(pictures, tmp_path):
     process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
                     "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures",
-                    before="import urllib.request\nurllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')")
+                    before="import atexit, urllib.request\n"
+                           "urllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')\n"
+                           "atexit.register(lambda: print(*sys.modules))")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]
     assert [row[0] for row in rows] == ["0", "1"]
     assert "\r" not in out
     assert "phoned home" not in out
+    modules = out.splitlines()[-1].split()
+    assert "torch.optim" in modules
+    assert {"torch._dynamo", "torchvision"}.isdisjoint(modules)  # each takes about as long as torch itself
 
 
 def test_the_real_cifar10_trains(cifar10, command, tmp_path, monkeypatch):
@@ -328,7 +333,7 @@ def test_the_optimizer_has_the_settings(run, monkeypatch):
     monkeypatch.setattr(main, "train_epoch", lambda step, *_: (seen.append(step.optimizer), Result(1.0, 10.0))[1])
     assert run("--epochs", "1", "--momentum", "0.7", "--nesterov", "--weight-decay", "0.123")[0] == 0
     (group,) = seen[0].param_groups
-    assert type(seen[0]) is torch.optim.SGD
+    assert type(seen[0]) is SGD
     assert (group["momentum"], group["nesterov"], group["weight_decay"], group["dampening"]) == (0.7, True, 0.123, 0)
 
 
@@ -355,7 +360,7 @@ def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, t
         def adamw(parameters, lr, momentum, nesterov, weight_decay, fused):
             return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
 
-        monkeypatch.setattr(torch.optim, "SGD", adamw)
+        monkeypatch.setattr(main, "SGD", adamw)
     else:
         def one_cycle(config, epoch: float) -> float:
             done = epoch / config.epochs

@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import synthetic
 from test_worker_batches import MEAN, STD, joined, make
 
 from batches.augmentation import train_policy
@@ -13,7 +14,6 @@ from batches.device_batches import DeviceBatches
 from batches.making import make_batches, make_policies
 from config import Config
 from images.dataset import Images, Split, empty_split
-from images.synthetic import synthetic
 
 
 def augmented(image: np.ndarray, count: int = 400, **changes) -> np.ndarray:

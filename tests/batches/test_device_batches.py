@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 from albumentations.pytorch import ToTensorV2
-from conftest import only_run
-from test_device_policy import CPU, MEAN, STD, synthetic, whole_policy
+from conftest import only_run, synthetic
+from test_device_policy import CPU, MEAN, STD, whole_policy
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -19,8 +19,6 @@ from model import Net
 from training.capture import CapturedStep
 from training.epoch import evaluate, train_epoch
 from training.step import TrainStep
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def device_batches(batch_size: int = 7, seed: int = 0, count: int = 40, policy: A.Compose | None = None) -> DeviceBatches:

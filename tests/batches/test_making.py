@@ -6,14 +6,13 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from conftest import one_line, only_run
+from conftest import one_line, only_run, synthetic
 
 from batches.device_batches import DeviceBatches
 from batches.making import make_batches, make_policies, resolve_batches
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError
 from images.dataset import Images, Split
-from images.synthetic import synthetic
 from runs.record import read_run
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
+from conftest import synthetic
 
 from batches import worker_batches
 from batches.augmentation import test_policy as normalizing_policy
@@ -16,7 +17,6 @@ from batches.randomness import AUGMENTATION, ORDER, random_stream
 from batches.worker_batches import WorkerBatches
 from config import Config
 from images.dataset import Split
-from images.synthetic import synthetic
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 

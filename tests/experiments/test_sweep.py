@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REFERENCE, SMALL, at_epoch, figures, one_line, raising, start_program, weights_of
+from conftest import REFERENCE, SMALL, at_epoch, figures, one_line, raising, start_program, synthetic, weights_of
 
 from analysis.identity import describe_network
 from commands.parser import parse
@@ -309,7 +309,6 @@ def test_a_demonstration_can_be_swept_and_repeated(command, tmp_path, monkeypatc
     import main
     from images import loading
     from images.dataset import Split
-    from images.synthetic import synthetic
 
     whole = synthetic()
     train, test = (Split(split.images[:32], split.labels[:32]) for split in (whole.train, whole.test))

@@ -88,7 +88,7 @@ def test_leftovers_of_killed_downloads_are_removed_after_a_day(tmp_path):
     assert young.exists()
 
 
-def test_only_cifar10_needs_torchvision(tmp_path):
+def test_only_a_download_needs_torchvision(tmp_path):
     """A torchvision that doesn't match torch raises when it is imported."""
     broken = tmp_path / "broken" / "torchvision"
     broken.mkdir(parents=True)
@@ -111,7 +111,8 @@ def test_only_cifar10_needs_torchvision(tmp_path):
 
 # ---------------------------------------------------------------- with CIFAR-10
 
-def test_the_real_cifar10(cifar10):
+def test_the_real_cifar10(cifar10, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
     for data_dir in (cifar10, cifar10 / "cifar-10-batches-py"):
         data = load_images("auto", str(data_dir))
         assert_whole(data, 10)

@@ -5,11 +5,10 @@ import random
 
 import pytest
 import torch
-from conftest import REFERENCE, example_record
+from conftest import REFERENCE, example_record, synthetic
 
 from analysis.identity import network_identity
 from config import Config, UserError
-from images.synthetic import synthetic
 from model import Net
 from runs.weights import find_teachers, read_weights, save_weights
 

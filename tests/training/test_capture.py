@@ -27,9 +27,6 @@ def make_inner_step(device: torch.device, bias: bool = False) -> TrainStep:
     return TrainStep(net, optimizer, device, 0.1)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> torch.device:
     return torch.device(request.param)

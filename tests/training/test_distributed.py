@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, weights_of
+from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, synthetic, weights_of
 from torch import nn
 from tqdm import tqdm
 
 from batches.making import make_batches, make_policies
 from config import Config, UserError
-from images.synthetic import draw, synthetic
+from images.dataset import Images
+from images.synthetic import draw
 from runs.finding import RunState, find_runs, run_state
 from runs.record import read_run
 from training.distributed import ALONE, Processes, batch_sizes, join_processes, synchronize_norms
@@ -363,7 +364,8 @@ def load_in_turn(folder: Path) -> None:
         started = time.monotonic()
         time.sleep(2 if rank == 2 else 0.3)
         (folder / f"load-{rank}").write_text(f"{dataset} {started} {time.monotonic()}")
-        return synthetic()
+        images = draw(10, 1), draw(10, 2), draw(0, 3)
+        return Images("synthetic", tuple("0123456789"), *images)
 
     rank = int(os.environ["RANK"])
     os.environ.update({"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"})

@@ -1,13 +1,18 @@
 """The fused kernels compute what PyTorch's do: in Triton's interpreter, and, where there is one, on a GPU."""
 
+import copy
 import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import geometric_mean
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_cuda, to_fake_cuda
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,6 +20,7 @@ from model import Net, separable
 
 triton = pytest.importorskip("triton")
 
+from training.fused import network  # noqa: E402
 from training.fused.network import fuse  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -29,8 +35,9 @@ def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
     found = json.loads(out.stdout)
     assert len(found["gradients"]) == 3 + 3 * 4 + 2
-    for name, (fused, pytorch) in found["gradients"].items():
-        assert fused < 1.3 * pytorch, name
+    ratios = {name: fused / pytorch for name, (fused, pytorch) in found["gradients"].items()}
+    assert geometric_mean(ratios.values()) < 1.15
+    assert max(ratios.values()) < 2, ratios  # so few pixels that PyTorch's own rounding may be lucky in one of them
     assert all(error < 2e-3 for error in found["buffers"].values())
     assert found["not a number"]
 
@@ -124,6 +131,48 @@ def test_a_step_takes_few_launches(monkeypatch):
     assert len(launches(monkeypatch, Net(), 128)) <= 63  # PyTorch's eager step has 537 on an H200, with loss and optimizer
 
 
+class FakeStream:
+    """Stands for a CUDA stream. Notes whether what it has read was still there when another stream waited for it."""
+
+    device, current, reads = CUDA, None, ()
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        FakeStream.waits.append((self, other, all(reference() is not None for reference in other.reads)))
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+@pytest.mark.filterwarnings("ignore")  # of autocast, which misses its driver
+def test_weights_gradients_are_computed_beside_from_memory_that_is_kept(monkeypatch):
+    """What is freed before the streams meet would be written over while the other stream reads it."""
+    main, beside = FakeStream(), FakeStream()
+    launched, beside.reads, FakeStream.waits, FakeStream.current = [], [], [], main
+
+    @contextmanager
+    def stream(chosen):
+        before, FakeStream.current = FakeStream.current, chosen or FakeStream.current
+        yield
+        FakeStream.current = before
+
+    def run(kernel, *arguments, **options):
+        launched.append((kernel.__name__, FakeStream.current))
+        if kernel.__name__ == "pointwise_weights":
+            beside.reads += [weakref.ref(tensor) for tensor in arguments[:5]]
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(network, "_side_stream", lambda device: beside)
+    with fake_cuda():
+        images = torch.empty(2, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
+        node = fuse(to_fake_cuda(Net()))(images).grad_fn
+        while type(node).__name__ != "_FeaturesBackward":
+            node = node.next_functions[0][0]
+        node.apply(torch.empty(2, 256, device=CUDA))
+    assert launched.count(("pointwise_weights", beside)) == launched.count(("sum_programs", beside)) == 8
+    assert [stream for name, stream in launched if name not in ("pointwise_weights", "sum_programs")].count(beside) == 0
+    assert FakeStream.waits == [(beside, main, True)] * 8 + [(main, beside, True)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_kernels_compile(monkeypatch, capability):
@@ -164,3 +213,21 @@ def test_the_kernels_are_right_on_a_gpu(width, size, count):
     for (name, _), true, fused, pytorch in zip(net.named_parameters(), *(gradients[name] for name in gradients), strict=True):
         errors = [(gradient.double() - true).norm() for gradient in (pytorch, fused)]
         assert errors[1] < 1.5 * errors[0] + 1e-6 * true.norm(), name
+
+
+@pytest.mark.gpu
+def test_gradients_computed_beside_are_the_same_however_late_they_are(monkeypatch):
+    net = Net().cuda().to(memory_format=torch.channels_last)
+    images = torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=torch.channels_last)
+    compute, forward, gradients = network.launches.pointwise_weights, fuse(net), []
+    state = copy.deepcopy(net.state_dict())
+    for cycles in (0, 2_000_000):
+
+        def late(*tensors, cycles=cycles):
+            torch.cuda._sleep(cycles)
+            return compute(*tensors)
+
+        monkeypatch.setattr(network.launches, "pointwise_weights", late)
+        net.load_state_dict(state)  # the sums for BatchNorm are taken around its running mean
+        gradients.append(torch.autograd.grad(forward(images).square().sum(), list(net.parameters())))
+    assert all(map(torch.equal, *gradients))

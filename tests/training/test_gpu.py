@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import at_epoch, figures, only_run, raising, start_program
+from conftest import at_epoch, figures, only_run, raising, start_program, synthetic
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -13,7 +13,6 @@ from batches.augmentation import train_policy
 from batches.device_batches import DeviceBatches
 from config import Config
 from images.dataset import Split
-from images.synthetic import synthetic
 from model import Net
 from runs.finding import find_runs
 from runs.record import read_run

@@ -114,20 +114,27 @@ def pool_backward(feature_gradients: Tensor, maps: Tensor, norm: Tensor) -> tupl
     return gradients, _sum(partial)
 
 
-def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, between: Tensor,
-                       pointwise: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of `between` and of the pointwise weights."""
+def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, pointwise: Tensor) -> Tensor:
+    """The gradients of what is between a block's convolutions."""
     rows, (out, channels), (most, options) = len(maps), pointwise.shape[:2], CONVOLVE
     outs, ins = _part(out), _part(channels)
-    between_gradients, each = torch.empty_like(between), _rows_each(rows, channels // ins, most)
+    between_gradients, each = maps.new_empty(rows, channels), _rows_each(rows, channels // ins, most)
     kernels.pointwise_backward[(-(-rows // each), channels // ins)](
         gradients, maps, norm, sums, pointwise, between_gradients, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs,
         **options)
-    parts, (each, options) = (out // outs, channels // ins), SUM
+    return between_gradients
+
+
+def pointwise_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, between: Tensor,
+                      pointwise: Tensor) -> Tensor:
+    """The gradients of the pointwise weights."""
+    rows, (out, channels), (each, options) = len(maps), pointwise.shape[:2], SUM
+    outs, ins = _part(out), _part(channels)
+    parts = (out // outs, channels // ins)
     partial = norm.new_empty(_programs(rows, each, parts[0] * parts[1]), out, channels, 1, 1)
     kernels.pointwise_weights[(len(partial), *parts)](
         gradients, maps, norm, sums, between, partial, rows, IN=channels, OUT=out, ROWS=each, INS=ins, OUTS=outs, **options)
-    return between_gradients, _sum(partial).as_strided(pointwise.shape, pointwise.stride())
+    return _sum(partial).as_strided(pointwise.shape, pointwise.stride())
 
 
 def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],

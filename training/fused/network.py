@@ -1,6 +1,8 @@
 """A depthwise-separable network with its training steps in a few large kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -49,16 +51,37 @@ class _Features(torch.autograd.Function):
         maps, norm, out_size = ctx.last
         gradients, sums = launches.pool_backward(feature_gradients.contiguous(), maps, norm)
         found = []  # from the last parameter to the first
+        read_beside = []  # kept until the streams have met, so that nothing is written over them
+        beside = _side_stream(maps.device) if maps.is_cuda else None
         for (depthwise, pointwise, _), (maps_in, norm_in, size, between) in zip(
                 reversed(ctx.blocks), reversed(ctx.saved), strict=True):
             found += [sums[0], sums[1]]
-            between_gradients, weights = launches.pointwise_backward(gradients, maps, norm, sums, between, pointwise.weight)
+            with _after_this(beside):  # only the optimizer needs these, so the other gradients don't wait for them
+                weights = launches.pointwise_weights(gradients, maps, norm, sums, between, pointwise.weight)
+            read_beside.append(gradients)
+            between_gradients = launches.pointwise_backward(gradients, maps, norm, sums, pointwise.weight)
             gradients, filters, sums = launches.depthwise_backward(between_gradients, maps_in, norm_in, size, out_size,
                                                                    depthwise)
             found += [weights, filters]
             maps, norm, out_size = maps_in, norm_in, size
         found += [sums[0], sums[1], launches.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
+        if beside:
+            torch.cuda.current_stream(maps.device).wait_stream(beside)
         return None, None, *reversed(found)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _after_this(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on `stream`, to run after what has been launched so far; None is the current stream."""
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
