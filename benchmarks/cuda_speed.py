@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +99,19 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
     return step if how == "eager" else CapturedStep(step, fused_forward(plain, device) if "fused" in how else None)
 
 
+@contextmanager
+def changed(how: str) -> Iterator[None]:
+    """Change what `how` names: no search by cuDNN for its fastest kernels; all gradients of the fused kernels in one stream."""
+    searches = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = searches and "no search" not in how
+    one_stream = mock.patch("training.fused.network._side_stream", return_value=None)
+    try:
+        with one_stream if "one stream" in how else nullcontext():
+            yield
+    finally:
+        torch.backends.cudnn.benchmark = searches
+
+
 def step_seconds(options: Options, how: str, memory_format: str, dtype: str, batch_size: int) -> str:
     """Milliseconds of a step and images per second, medians, and seconds of the first steps; or why there are none."""
     device, steps, repeats, batch_size = options.device, *((1, 1, 2) if options.tiny else (100, 5, batch_size))
@@ -125,15 +140,17 @@ def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> I
     """A row for each way to run a step."""
     yield f"{'a step on images that are there':<58} {'ms':>9} {'images/s':>12} {'first, s':>9}"
     for way in ways:
-        yield f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}"
+        with changed(way[0]):
+            yield f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}"
         torch.compiler.reset()
 
 
 def formats(options: Options) -> Iterator[str]:
-    """The default, eager and captured; the fused kernels, which Triton compiles before the first step; and captured in other
-    memory formats and dtypes."""
+    """The default, eager and captured; the fused kernels, which Triton compiles before the first step; each with one thing
+    changed; and captured in other memory formats and dtypes."""
     default = ("channels_last", "bfloat16", 128)
-    ways = [(how, *default) for how in ("eager", "captured", "captured, fused")]
+    ways = [(how, *default) for how in ("eager", "captured", "captured, no search", "captured, fused",
+                                        "captured, fused, one stream")]
     others = [("captured", *each, 128) for each in product(MEMORY_FORMATS, DTYPES)]
     return steps_part(options, [*ways, *(way for way in others if way not in ways)])
 
@@ -284,7 +301,7 @@ def whole_run(options: Options) -> Iterator[str]:
 
 
 PARTS: dict[str, tuple[Callable[[Options], Iterator[str]], int]] = {  # the most important first; seconds that each may take
-    "formats": (formats, 120), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
+    "formats": (formats, 130), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
     "others": (others, 150), "start_up": (start_up, 80), "batch_sizes": (batch_sizes, 60), "compiled": (compiled, 120)}
 
 

@@ -391,7 +391,7 @@ def subtrees(value, path=()):
 
 
 def test_wrong_values_under_a_right_checksum_are_never_a_traceback_in_training(run, tmp_path, stop_in_epoch, pictures):
-    """150 checkpoints with a value of another type, shape or range: refused, or a run that goes on."""
+    """100 checkpoints with a value of another type, shape or range: refused, or a run that goes on."""
     stop_in_epoch(2)
     run("--epochs", "3", "--validation", "9")
     folder, rng = only_run(tmp_path), random.Random(0)
@@ -400,7 +400,7 @@ def test_wrong_values_under_a_right_checksum_are_never_a_traceback_in_training(r
     (folder / PREVIOUS_CHECKPOINT).unlink()
     images = torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last)
     refused = 0
-    for number in range(150):
+    for number in range(100):
         (*place, key) = paths[rng.randrange(len(paths))]
         changed = copy.deepcopy(state)
         inner = changed
@@ -424,7 +424,7 @@ def test_wrong_values_under_a_right_checksum_are_never_a_traceback_in_training(r
             refused += 1
             for left in folder.glob("checkpoint.damaged.pt"):
                 left.unlink()
-    assert refused > 75
+    assert refused > 50
 
 
 # ---------------------------------------------------------------- signals
