@@ -112,7 +112,7 @@ class Config:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
         if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):
-            raise UserError(f"--name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.+=-, "
+            raise UserError(f"--name is {self.name!r}, but must be at most 100 of the letters A to Z, digits and _.=-, "
                             "and must not end in .safetensors")
 
 

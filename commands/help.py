@@ -48,7 +48,8 @@ TEST = """Print accuracy, loss, calibration and each class's accuracy of trained
     python main.py test logs/reference          the reference run
     python main.py test RUN/best.safetensors --flip
 """
-PREDICT = """Classify images with a trained network: PNG, JPEG, GIF, BMP, WEBP or TIFF files of any size, and folders of them.
+PREDICT = """Classify images with a trained network: PNG, JPEG, GIF, BMP, WEBP or TIFF files of up to 25 million
+pixels, and folders of them.
 
     python main.py predict cat.jpg              with the newest finished run
     python main.py predict pictures/ --run logs/reference --json

@@ -21,6 +21,10 @@ def parse(line: list[str]) -> Namespace:
     verbs: dict[str, Callable[[list[str]], Namespace]] = {
         "train": _parse_train, "sweep": _parse_sweep, "compare": _parse_compare, "plot": _parse_plot, "test": _parse_test,
         "predict": _parse_predict, "export": _parse_export}
+    try:
+        Config()
+    except UserError as error:
+        raise UserError(f"the defaults in config.py: {error}") from error
     verb, rest = (line[0], line[1:]) if line and not line[0].startswith("-") else ("train", line)
     if verb not in verbs:
         raise UserError(f"there is no command {verb!r}{did_you_mean(verb, verbs)} (python main.py --help lists all)")

@@ -6,6 +6,7 @@ Python's version is checked here, so this file and main.py must be valid for old
 import importlib
 import importlib.util
 import os
+import re
 import signal
 import sys
 
@@ -99,7 +100,7 @@ def report(error: BaseException) -> int | None:
         line, status = "error: out of memory: close other programs", 2
     else:
         return None
-    line = " ".join("; ".join([line, *getattr(error, "__notes__", [])]).split())
+    line = re.sub(r"\s*[\r\n]+\s*", " ", "; ".join([line, *getattr(error, "__notes__", [])]).strip())
     with contextlib.suppress(OSError):  # stderr is closed
         print(printable(line), file=sys.stderr)  # names of files may hold escape codes
     return status

@@ -74,7 +74,9 @@ def _judgement(table: Table) -> list[str]:
     if table.shared:
         parts.append(f"All differ from the reference in: {_listed(table.shared)}.")
     parts.append(f"Differences are in points of {table.judged_by} accuracy, ± standard error, from the base: the row with "
-                 "as many epochs that differs least from the reference. The base itself is compared with the reference.")
+                 "as many epochs that differs least from the reference.")
+    if any(group.is_reference for group in table.groups):
+        parts.append("The base itself is compared with the reference.")
     known = [f"{std.value:.2f} at {plural(epochs, 'epoch')}" for epochs, std in sorted(table.stds.items())
              if std.dof and std.value]
     if known:

@@ -11,6 +11,7 @@ from torch import nn
 
 from config import UserError, net_settings
 from model import Net
+from runs.finding import REFERENCE
 from runs.record import MODEL
 from runs.weights import Weights
 from training.epoch import check_output
@@ -62,6 +63,8 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
 
 def _remedy(weights: Weights, model: str | None) -> str:
     own = weights.path.parent / MODEL
+    if not own.exists() and own.resolve().is_relative_to(REFERENCE):  # which has one for all committed runs
+        own = REFERENCE / MODEL
     if own.exists() and (model is None or own.resolve() != Path(model).resolve()):
         return f"that of the run lies in {own}; use it with --model {shlex.quote(str(own))}"
     return "undo the edits made since, or name the run's model.py with --model"

@@ -1,4 +1,4 @@
-"""Predict the classes of image files of any size, mode and orientation."""
+"""Predict the classes of image files of any shape, mode and orientation."""
 
 import json
 import warnings

@@ -14,12 +14,12 @@ def test_the_notebook_runs_and_shows_the_pictures(tmp_path, pictures, monkeypatc
         shutil.copy(ROOT / name, tmp_path)
     for name in (*(path.parent.name for path in ROOT.glob("*/__init__.py")), "logs/reference"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(pictures, tmp_path / "data")
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(ROOT / "CIFAR10.ipynb", as_version=4)
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    settings.source = 'SETTINGS = ["--epochs", "1", "--dataset", "folder", "--threads", "1", "--device", "cpu"]'
+    flags = ["--epochs", "1", "--dataset", "folder", "--data-dir", str(pictures), "--threads", "1", "--device", "cpu"]
+    settings.source = f"SETTINGS = {flags}"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 7  # the curve, five of the run, the picture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import ROOT, at_epoch, figures, one_line, only_run, raising, start_program, synthetic, weights_of
+from conftest import ROOT, SMALL, at_epoch, figures, one_line, only_run, raising, start_program, synthetic, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -191,6 +191,15 @@ def test_an_error_of_the_machine_is_one_line(run, monkeypatch):
     status, _, err = run()
     assert status == 2
     assert "Input/output error: 'disk'" in one_line(err)
+
+
+def test_a_command_to_copy_keeps_its_spaces(command, pictures, tmp_path, monkeypatch):
+    at_epoch(monkeypatch, 1, raising(KeyboardInterrupt()))
+    logs = tmp_path / "two  spaces"
+    status, _, err = command("--dataset", "folder", "--data-dir", pictures, "--log-dir", logs, "--epochs", "2", *SMALL)
+    assert status == 130
+    assert f"resume with: python main.py --resume '{find_runs(logs)[0]}'\n" in one_line(err)
+    assert command("--resume", find_runs(logs)[0])[0] == 0
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")

@@ -215,7 +215,7 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 def test_the_reference_holds_records_and_weights_only():
     made = [path for path in REFERENCE.iterdir() if path.name not in {*RECIPES, *readme.OTHERS}]
     assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2")} == {
-        "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json"}
+        "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json", "model.py"}
 
 
 @pytest.mark.parametrize("folder", [*RECIPES, *readme.OTHERS])

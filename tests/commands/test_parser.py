@@ -39,6 +39,13 @@ def test_a_mistake_in_a_recipe_is_named(monkeypatch):
         parse(["--recipe", "quick"])
 
 
+@pytest.mark.parametrize("line", [["--epochs", "1"], ["compare"]])
+def test_a_wrong_default_is_named_before_anything_is_done(monkeypatch, line):
+    monkeypatch.setitem(Config.__init__.__kwdefaults__, "epochs", 80.0)
+    with pytest.raises(UserError, match=r"the defaults in config\.py: --epochs is 80\.0, but must be of type int"):
+        parse(line)
+
+
 @pytest.mark.parametrize(("line", "words"), [
     (["tset"], "there is no command 'tset': did you mean test?"), (["compare", "--log-dri", "x"], "did you mean --log-dir?"),
     (["sweep"], "nothing varies in this sweep"), (["sweep", "--lr", "0.1"], "nothing varies in this sweep"),

@@ -46,6 +46,7 @@ def test_with_validation_it_fits_too(make, tmp_path):
         make(80 + NOISE[seed], seed, validation=5000, epochs=8)
         make(12 + NOISE[seed], seed, validation=5000, epochs=8, weight_decay=0.0005, label_smoothing=0.1)
     text = as_text(compared(tmp_path))
+    assert "base itself" not in text  # the reference has no validation
     assert max(map(len, text.splitlines())) <= 80
     assert re.search(r"^label_smoothing 0\.1 +2 +12\.95 +11\.95 +-68\.00 ±0\.21 +\d\.\d\d  significant$", text, re.MULTILINE)
 
@@ -77,6 +78,7 @@ def test_how_it_was_judged_is_told_in_words(sweep, tmp_path, make):
     assert "Standard deviation over seeds: 0.17 at 8 epochs." in text
     assert "at most 5% of tables call any difference significant" in text
     assert "the smallest difference that so many seeds find in 80% of cases" in text
+    assert "The base itself is compared with the reference." in text
     assert "noise" not in text
     for seed in range(2):
         make(60 + NOISE[seed], seed, epochs=1)

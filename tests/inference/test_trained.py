@@ -96,6 +96,17 @@ def test_another_network_is_told_and_that_of_the_run_used_where_named(command, t
     assert not list(folder.glob("__pycache__"))
 
 
+def test_the_committed_runs_share_their_model(command, tmp_path, monkeypatch):
+    image, own, block = learned_run() / "pictures" / "test" / "disc" / "0.png", REFERENCE / "model.py", "separable(c128, c128),"
+    edited = tmp_path_model(tmp_path, own.read_text().replace(block, 2 * block))
+    monkeypatch.setattr("inference.network.Net", load_net_class(edited))
+    for folder in (REFERENCE, REFERENCE / "best" / "seed-0"):
+        status, _, err = command("predict", image, "--run", folder)
+        assert status == 2
+        assert f"that of the run lies in {own}; use it with --model {own}" in one_line(err)
+        assert command("predict", image, "--run", folder, "--model", own)[0] == 0
+
+
 def tmp_path_model(tmp_path, text: str):
     (tmp_path / "edited.py").write_text(text)
     return tmp_path / "edited.py"
