@@ -1,19 +1,25 @@
 """torch.optim.SGD without the import of torch._dynamo."""
 
-import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import optim
 
 
+def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method within its decorator. Without one, the method: it may then import torch._dynamo."""
+    return getattr(method, "__wrapped__", method)
+
+
 class SGD(optim.SGD):
-    """torch.optim.SGD, the same to the bit, for steps that are not compiled.
+    """torch.optim.SGD, the same to the bit, for steps that are neither compiled nor `differentiable`.
 
-    PyTorch's own keeps its methods out of torch.compile by decorators that import torch._dynamo, which takes about as long as
-    importing torch. These are the methods without those decorators, found in torch/optim/optimizer.py of PyTorch 2.14."""
+    PyTorch's own keeps its methods out of torch.compile by decorators (torch/_compile.py, torch/optim/optimizer.py) that import
+    torch._dynamo, which takes about as long as importing torch. These are the methods without them."""
 
-    add_param_group = inspect.unwrap(optim.SGD.add_param_group)
-    state_dict = inspect.unwrap(optim.SGD.state_dict)
-    load_state_dict = inspect.unwrap(optim.SGD.load_state_dict)
-    zero_grad = inspect.unwrap(optim.SGD.zero_grad)
-    step = torch.no_grad()(inspect.unwrap(optim.SGD.step))
+    add_param_group = _undecorated(optim.SGD.add_param_group)
+    state_dict = _undecorated(optim.SGD.state_dict)
+    load_state_dict = _undecorated(optim.SGD.load_state_dict)
+    zero_grad = _undecorated(optim.SGD.zero_grad)
+    step = torch.no_grad()(_undecorated(optim.SGD.step))

@@ -1,17 +1,21 @@
 """Which images a config gets; CIFAR-10, there or not."""
 
+import hashlib
 import os
+import pickle
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from conftest import NO_NETWORK, ROOT, write_folder
+from conftest import NO_NETWORK, REFERENCE, ROOT, write_folder
 from test_dataset import assert_whole
 
 from config import Config, UserError
+from images import cifar10 as cifar10_module
 from images.loading import BANNER, load_images, resolve_dataset
+from runs.record import read_record
 
 
 @pytest.fixture
@@ -109,6 +113,35 @@ def test_only_a_download_needs_torchvision(tmp_path):
     assert "torchvision, which can't be imported (operator torchvision::nms does not exist)" in out[1]
 
 
+def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypatch):
+    """Small batches in the format of the official ones: pixels in the order channel, row, column."""
+    folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+    pixels, labels = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), rng.integers(0, 3, 9)
+    contents = {name: {"data": pixels[part].transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels[part].tolist()}
+                for name, part in (("one", slice(0, 4)), ("two", slice(4, 7)), ("test", slice(7, 9)))}
+    md5 = {}
+    for name, content in (contents | {"names": {"label_names": ["a", "b", "c"]}}).items():
+        data = pickle.dumps(content)
+        (folder / name).write_bytes(data)
+        md5[name] = hashlib.md5(data).hexdigest()
+    monkeypatch.setattr(cifar10_module, "TRAIN_FILES", {name: md5[name] for name in ("one", "two")})
+    monkeypatch.setattr(cifar10_module, "TEST_FILES", {"test": md5["test"]})
+    monkeypatch.setattr(cifar10_module, "NAMES_FILE", ("names", md5["names"]))
+    images = load_images("cifar10", str(tmp_path))
+    assert images.class_names == ("a", "b", "c")
+    for split, part in ((images.train, slice(0, 7)), (images.test, slice(7, 9))):
+        assert np.array_equal(split.images, pixels[part])
+        assert np.array_equal(split.labels, labels[part])
+        assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int64)
+    for name in md5:
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        with pytest.raises(UserError, match=f"{name} is damaged"):
+            load_images("cifar10", str(tmp_path))
+        (folder / name).write_bytes(whole)
+
+
 # ---------------------------------------------------------------- with CIFAR-10
 
 def test_the_real_cifar10(cifar10, monkeypatch):
@@ -118,6 +151,7 @@ def test_the_real_cifar10(cifar10, monkeypatch):
         assert_whole(data, 10)
         assert (data.kind, len(data.train), len(data.test)) == ("cifar10", 50_000, 10_000)
     assert data.class_names[3] == "cat"
+    assert data.fingerprint == read_record(REFERENCE)["dataset"]["sha256"]
     mean, std = data.statistics
     assert np.allclose(mean, (0.4914, 0.4822, 0.4465), atol=1e-4)  # the figures that everybody prints
     assert np.allclose(std, (0.2470, 0.2435, 0.2616), atol=1e-4)

@@ -36,7 +36,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 torch.manual_seed(0)
 net = small_net()
-images, labels = torch.randn(2, 3, 6, 10).to(memory_format=torch.channels_last), torch.arange(2)
+images, labels = torch.randn(2, 3, 10, 14).to(memory_format=torch.channels_last), torch.arange(2)
 gradients, buffers = {}, {}
 for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("fused", torch.float32)):
     copied = copy.deepcopy(net).to(dtype)

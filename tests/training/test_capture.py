@@ -16,6 +16,7 @@ from runs.record import read_record
 from training import capture
 from training.capture import CapturedStep, make_step
 from training.epoch import train_epoch
+from training.sgd import SGD
 from training.step import TrainStep
 
 
@@ -23,7 +24,7 @@ def make_inner_step(device: torch.device, bias: bool = False) -> TrainStep:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
                         nn.Dropout(0.2), nn.Linear(8, 4)).to(device).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3, fused=device.type == "cuda")
+    optimizer = SGD(net.parameters(), lr=0.5, momentum=0.9, weight_decay=1e-3, fused=device.type == "cuda")
     return TrainStep(net, optimizer, device, 0.1)
 
 
@@ -201,8 +202,8 @@ def test_a_step_that_replaces_tensors_is_refused(batches, device):
 
 
 @pytest.mark.parametrize("kind", [  # CUDA can't capture an SGD that is not fused, nor an AdamW that is not capturable
-    lambda parameters, cuda: torch.optim.SGD(parameters, lr=0.1, fused=cuda),
-    lambda parameters, cuda: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=cuda),
+    lambda parameters, cuda: SGD(parameters, lr=0.1, fused=cuda),
+    lambda parameters, cuda: SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1, fused=cuda),
     lambda parameters, cuda: torch.optim.AdamW(parameters, lr=0.01, fused=True, capturable=cuda)],
     ids=["SGD", "SGD with momentum", "AdamW"])
 def test_a_right_recording_passes_whatever_the_optimizer(device, batches, kind):
@@ -217,7 +218,7 @@ def test_a_right_recording_passes_whatever_the_optimizer(device, batches, kind):
 def test_the_check_bears_rounding_and_sees_one_frozen_parameter(frozen):
     torch.manual_seed(0)
     net = Net().to(memory_format=torch.channels_last)
-    step = TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), torch.device("cpu"), 0.0)
+    step = TrainStep(net, SGD(net.parameters(), lr=0.01, momentum=0.9), torch.device("cpu"), 0.0)
 
     def rounded(run):
         def replay():
@@ -288,7 +289,7 @@ def read_from_the_gpu(step: TrainStep) -> None:
 
 def use_an_optimizer_that_is_not_fused(step: TrainStep) -> None:
     """The optimizer reads the learning rate from the GPU."""
-    step.optimizer = torch.optim.SGD(step.net.parameters(), lr=0.1)
+    step.optimizer = SGD(step.net.parameters(), lr=0.1)
 
 
 @pytest.mark.gpu

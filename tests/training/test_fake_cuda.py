@@ -21,6 +21,7 @@ from training.capture import CapturedStep, make_step
 from training.distillation import Distillation
 from training.epoch import check_output, evaluate, predict, train_epoch
 from training.metrics import Metrics
+from training.sgd import SGD
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),
@@ -38,7 +39,7 @@ def no_graphs(monkeypatch):
 
 def fake_step(config: Config, distill: bool = False):
     net = to_fake_cuda(Net())
-    optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
+    optimizer = SGD(net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
     distillation = Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0) if distill else None
     return make_step(net, optimizer, CUDA, config, distillation)
 

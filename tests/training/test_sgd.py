@@ -12,7 +12,7 @@ def trained(kind: type, settings: dict) -> tuple[list[torch.Tensor], dict]:
     """Weights and the optimizer's state after five steps, of which the last two are another optimizer's with the same state."""
     torch.manual_seed(0)
     net = nn.Linear(5, 3)
-    optimizer = kind([{"params": net.weight}], lr=0.1, **settings)
+    optimizer = kind([{"params": net.weight}], **{"lr": 0.1} | settings)
     optimizer.add_param_group({"params": net.bias, "lr": 0.2})
     for number in range(5):
         if number == 3:
@@ -27,7 +27,8 @@ def trained(kind: type, settings: dict) -> tuple[list[torch.Tensor], dict]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9, "weight_decay": 0.1, "nesterov": True},
-                                      {"momentum": 0.9, "fused": True}, {"momentum": 0.9, "foreach": True}])
+                                      {"momentum": 0.9, "fused": True}, {"momentum": 0.9, "foreach": True},
+                                      {"momentum": 0.9, "fused": True, "lr": torch.tensor(0.1)}])
 def test_it_trains_and_resumes_as_pytorchs_does(settings):
     (ours, state), (theirs, their_state) = trained(SGD, settings), trained(torch.optim.SGD, settings)
     assert all(map(torch.equal, ours, theirs))
