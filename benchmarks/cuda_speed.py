@@ -39,7 +39,8 @@ from model import Net
 from runs.log import read_log
 from training.capture import CapturedStep, Step, fused_forward
 from training.epoch import evaluate, train_epoch
-from training.machine import describe_device, find_device
+from training.machine import cudnn_benchmark, describe_device, find_device
+from training.sgd import SGD
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +93,7 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
     """A step of the baseline: eager; captured, also with the fused kernels; or captured and compiled."""
     plain = Net().to(device).to(memory_format=MEMORY_FORMATS[memory_format])
     net: nn.Module = torch.compile(plain, dynamic=False) if "compiled" in how else plain  # type: ignore[assignment]
-    optimizer = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
+    optimizer = SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
     step = TrainStep(net.train(), optimizer, device, 0.0)
     # without loss scaling: this is about speed alone
     step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=False)
@@ -102,14 +103,9 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
 @contextmanager
 def changed(how: str) -> Iterator[None]:
     """Change what `how` names: no search by cuDNN for its fastest kernels; all gradients of the fused kernels in one stream."""
-    searches = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = searches and "no search" not in how
     one_stream = mock.patch("training.fused.network._side_stream", return_value=None)
-    try:
-        with one_stream if "one stream" in how else nullcontext():
-            yield
-    finally:
-        torch.backends.cudnn.benchmark = searches
+    with cudnn_benchmark("no search" not in how), one_stream if "one stream" in how else nullcontext():
+        yield
 
 
 def step_seconds(options: Options, how: str, memory_format: str, dtype: str, batch_size: int) -> str:

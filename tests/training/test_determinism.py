@@ -10,6 +10,7 @@ from config import Config
 from model import Net
 from training.distillation import Distillation
 from training.epoch import evaluate, train_epoch
+from training.sgd import SGD
 from training.step import TrainStep
 
 # Each thread writes a place of its own. Names without their underscores
@@ -32,7 +33,7 @@ def test_each_operation_of_an_epoch_and_a_test_was_checked(bfloat16):
     config = Config(batches="device", crop_padding=2)
     with fake_cuda(bfloat16), Launches() as launches, tqdm(disable=True) as bar:
         net = to_fake_cuda(Net(dropout=0.2))
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True)
+        optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True)
         step = TrainStep(net, optimizer, CUDA, 0.1, Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0))
         batches = fake_batches(config)
         train_epoch(step, batches.shuffled("train", 0), lambda images: 0.1, bar)

@@ -21,6 +21,7 @@ from training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step, torc
 from training.epoch import evaluate, train_epoch
 from training.machine import find_device
 from training.metrics import Metrics
+from training.sgd import SGD
 from training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
@@ -38,7 +39,7 @@ def device_batches(device: torch.device = CUDA, count: int = 5000, batch_size: i
 
 def gpu_step(capture: str, kernels: str = "pytorch"):
     net = Net().to(CUDA, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
+    optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
     return make_step(net, optimizer, CUDA, Config(capture=capture, kernels=kernels, batches="device"))
 
 
@@ -119,7 +120,7 @@ def test_the_loss_is_computed_in_float32():
     labels = torch.arange(64, device="cuda") % 3
     net = nn.Module()
     net.forward = lambda images: logits
-    step = TrainStep(net, torch.optim.SGD([logits], lr=0.0), logits.device, 0.0)
+    step = TrainStep(net, SGD([logits], lr=0.0), logits.device, 0.0)
     step(torch.zeros(64, 3, 32, 32, device="cuda"), labels)
     expected = F.cross_entropy(logits.detach().cpu().double(), labels.cpu())
     assert step.metrics.sums[0].item() / 64 == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 is right to 1e-3
@@ -213,7 +214,7 @@ def test_a_gpu_without_bfloat16_trains_in_contiguous_float32(monkeypatch):
     monkeypatch.setattr("training.step.has_bfloat16", lambda device: False)
     net = Net().to(CUDA, memory_format=machine.memory_format(CUDA))
     assert all(parameter.is_contiguous() for parameter in net.parameters())
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
+    optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
     step, batches = make_step(net, optimizer, CUDA, Config(capture="on", batches="device")), device_batches()
     kinds = set()
     net.conv_block2.register_forward_hook(lambda layer, inputs, output: kinds.add((output.dtype, output.is_contiguous())))
