@@ -1,6 +1,7 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import albumentations as A
 import numpy as np
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from batches.device_policy import DevicePolicy
 from batches.randomness import ORDER, WHOLE_BATCHES, random_stream
+from batches.streams import after_this, side_stream, wait_for
 from batches.tensors import as_tensors
 from images.dataset import Split
 
@@ -66,11 +68,19 @@ class DeviceBatches:
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
         together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1
         parts = [whole[self.share_of(len(whole))] for whole in on_device.split(batch_size)]
-        for start in range(0, len(parts), together):
+
+        def make(start: int) -> Iterator[Batch]:
             sizes = [len(part) for part in parts[start:start + together]]
             indices = torch.cat(parts[start:start + together])
             made = policy(images[indices], [values[indices] for values in parameters])
-            yield from zip(made.split(sizes), labels[indices].split(sizes), strict=True)
+            return zip(made.split(sizes), labels[indices].split(sizes), strict=True)
+
+        made = map(make, range(0, len(parts), together))
+        beside = side_stream(self.device, "batches")
+        try:
+            yield from _made_ahead(made, beside) if beside else chain.from_iterable(made)
+        finally:  # even if not all batches were taken: what is read beside must be kept until the streams have met
+            wait_for(beside)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """On the device, without waiting for it."""
@@ -78,3 +88,16 @@ class DeviceBatches:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def _made_ahead(parts: Iterator[Iterator[Batch]], beside: torch.cuda.Stream) -> Iterator[Batch]:
+    """The batches of all parts. Each part is made in the stream `beside` while the current stream trains on the one before."""
+    def launch() -> Iterator[Batch] | None:
+        with after_this(beside):
+            return next(parts, None)
+
+    following = launch()
+    while following:
+        wait_for(beside)  # while no more than this part is launched there
+        current, following = following, launch()
+        yield from current

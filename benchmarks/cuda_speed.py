@@ -2,6 +2,7 @@
 
     python benchmarks/cuda_speed.py --data-dir ~/data    prints, and writes benchmarks/results/cuda.txt after every part
     … --seconds 300                                      in less time: the last parts, the least important ones, are left out
+    … --parts others,whole_run                           these parts only, in this order
 
 Each part is a process of its own. One that fails, or has no time left, leaves a line that says so. Steps are captured also on
 those PyTorch releases on which `--capture auto` doesn't. (A file named cuda.py here would be taken for the package cuda, which
@@ -37,7 +38,7 @@ from benchmarks.program import Program, make_program
 from config import Config, available_cores
 from model import Net
 from runs.log import read_log
-from training.capture import CapturedStep, Step, fused_forward
+from training.capture import CapturedStep, Step, fused_kernels
 from training.epoch import evaluate, train_epoch
 from training.machine import cudnn_benchmark, describe_device, find_device
 from training.sgd import SGD
@@ -97,13 +98,13 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
     step = TrainStep(net.train(), optimizer, device, 0.0)
     # without loss scaling: this is about speed alone
     step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=False)
-    return step if how == "eager" else CapturedStep(step, fused_forward(plain, device) if "fused" in how else None)
+    return step if how == "eager" else CapturedStep(step, fused_kernels(step) if "fused" in how else None)
 
 
 @contextmanager
 def changed(how: str) -> Iterator[None]:
     """Change what `how` names: no search by cuDNN for its fastest kernels; all gradients of the fused kernels in one stream."""
-    one_stream = mock.patch("training.fused.network._side_stream", return_value=None)
+    one_stream = mock.patch("training.fused.network.side_stream", return_value=None)
     with cudnn_benchmark("no search" not in how), one_stream if "one stream" in how else nullcontext():
         yield
 
@@ -286,7 +287,7 @@ def others(options: Options) -> Iterator[str]:
 def whole_run(options: Options) -> Iterator[str]:
     """python main.py, 80 epochs end to end."""
     number = 1 if options.tiny else 80
-    for settings in (settings for name, settings in WAYS.items() if name != "eager"):
+    for settings in (WAYS["captured, fused kernels"], WAYS["captured"]):
         with tempfile.TemporaryDirectory() as logs:
             started = time.perf_counter()
             subprocess.run(options.command(epochs=number, log_dir=logs, **settings), check=True, stdout=subprocess.DEVNULL)
@@ -324,6 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="for everything")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the parts on a CPU, writes nothing
     arguments = parser.parse_args()
@@ -336,7 +338,8 @@ def main() -> None:
         return
     began = time.monotonic()
     lines = [f"CUDA, {describe_device(options.device)}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", ""]
-    for name, (_, limit) in PARTS.items():
+    for name in arguments.parts.split(","):
+        limit = PARTS[name][1]
         left = arguments.seconds - (time.monotonic() - began)
         part = run_part(name, options, min(limit, left)) if left > 10 else [f"{name}: left out, no time is left"]
         print("\n".join(part), end="\n\n", flush=True)

@@ -11,14 +11,14 @@ from tqdm import tqdm
 from config import Config
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
-from training.machine import has_bfloat16
+from training.machine import cudnn_benchmark, has_bfloat16
 from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
-from training.step import TrainStep
+from training.step import Forward, Loss, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 # Before this release a failed capture left the allocator in capture mode (pytorch #180395)
 FAILURES_END_CLEANLY = (2, 13)
-Forward = Callable[[Tensor], Tensor]
+Kernels = tuple[Forward, Loss]  # what a step computes its forward pass and its loss with
 Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them
 
 
@@ -27,11 +27,12 @@ class CapturedStep:
     own. A recording must agree with an eager step. Where one fails, or doesn't agree, one line says so and all steps run
     eager from then on. `note` says which it was, and how near captured steps are to eager ones.
 
-    `fused` computes what the network does in training by other kernels. Full batches use it where its recording, too, agrees
+    `fused` computes what the step's network and loss do, by other kernels. Full batches use it where its recording, too, agrees
     with an eager step, and is the faster one."""
 
-    def __init__(self, step: TrainStep, fused: Forward | None = None) -> None:
+    def __init__(self, step: TrainStep, fused: Kernels | None = None) -> None:
         self.step, self.net, self.optimizer, self.fused = step, step.net, step.optimizer, fused
+        self.own: Kernels = (step.net, step.own_loss)
         self.metrics, self.device, self.processes = step.metrics, step.device, step.processes
         self.note = ""
         self.first_done = 0.0
@@ -61,9 +62,11 @@ class CapturedStep:
         inputs = (images.clone(), labels.clone())
         before = snapshot(step_state(self.step))
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            # cuDNN's search for its fastest kernels takes seconds that other kernels don't need
+            with (torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
+                  cudnn_benchmark(self.fused is None)):
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
-                reason = self._capture(*inputs, self.net) or self._check(*inputs)
+                reason = self._capture(*inputs, self.own) or self._check(*inputs)
                 if self.fused and not reason and len(labels) == self.step.full_batch:
                     self.kernels, reason = self._try_fused(*inputs, self.fused)
         finally:
@@ -77,7 +80,7 @@ class CapturedStep:
             self.recordings.clear()
             tqdm.write(f"Steps are not captured: {reason}.")
 
-    def _try_fused(self, images: Tensor, labels: Tensor, fused: Forward) -> tuple[str, str]:
+    def _try_fused(self, images: Tensor, labels: Tensor, fused: Kernels) -> tuple[str, str]:
         """Record a step by the fused kernels, in place of PyTorch's recording if it agrees with an eager step and is faster.
         Returns what became of it, for the note; and why steps can't be captured any more, or ""."""
         plain, difference = self.recordings[images.shape], self.difference
@@ -85,7 +88,7 @@ class CapturedStep:
             reason = self._capture(images, labels, fused)
             if reason:  # PyTorch's recording used the random generator that the failed capture has replaced: record it again
                 return f" without fused kernels ({reason})", (
-                    self._capture(images, labels, self.net) or self._check(images, labels))
+                    self._capture(images, labels, self.own) or self._check(images, labels))
             reason = self._check(images, labels)
         except torch.OutOfMemoryError:
             raise
@@ -99,13 +102,13 @@ class CapturedStep:
         self.recordings[images.shape], self.difference = plain, difference
         return f" without fused kernels ({reason})", ""
 
-    def _capture(self, images: Tensor, labels: Tensor, forward: Forward) -> str:
-        """Record a step on these tensors, with this forward pass. Returns why that failed, or ""."""
+    def _capture(self, images: Tensor, labels: Tensor, kernels: Kernels) -> str:
+        """Record a step on these tensors, with these kernels. Returns why that failed, or ""."""
         places = addresses(step_state(self.step))
         self._set_rates([group["lr"] for group in self.optimizer.param_groups])
         try:
-            _warm_up(lambda: self._step(images, labels, forward), 1, self.device)  # with learning rates that lie on the device
-            self.recordings[images.shape] = (images, labels, self.capture(lambda: self._step(images, labels, forward)))
+            _warm_up(lambda: self._step(images, labels, kernels), 1, self.device)  # with learning rates that lie on the device
+            self.recordings[images.shape] = (images, labels, self.capture(lambda: self._step(images, labels, kernels)))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -135,13 +138,13 @@ class CapturedStep:
             return ""
         return f"a replay's {name} and an eager step's differ by {100 * difference:.2g} % of the change"
 
-    def _step(self, images: Tensor, labels: Tensor, forward: Forward) -> None:
-        """The step with this forward pass and its learning rates read from the device."""
-        self.step.forward = forward
+    def _step(self, images: Tensor, labels: Tensor, kernels: Kernels) -> None:
+        """The step with these kernels and its learning rates read from the device."""
+        self.step.forward, self.step.loss = kernels
         try:
             self._at_rates(self.rates, lambda: self.step(images, labels))
         finally:
-            self.step.forward = self.net
+            self.step.forward, self.step.loss = self.own
 
     def _at_rates(self, rates: list[Tensor] | list[float], run: Callable[[], object]) -> None:
         """Run with these learning rates in the optimizer."""
@@ -180,7 +183,7 @@ def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
     elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
         reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
     if not reason:
-        return CapturedStep(step, fused_forward(net, device) if config.kernels == "fused" else None)
+        return CapturedStep(step, fused_kernels(step) if config.kernels == "fused" else None)
     if config.kernels == "fused":
         print(f"Steps use PyTorch's kernels: the fused ones need captured steps, and {reason}.")
     if config.capture == "on":
@@ -190,22 +193,24 @@ def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
     return step
 
 
-def fused_forward(net: nn.Module, device: torch.device) -> Forward | None:
-    """The network's forward pass by the kernels of training/fused. None, and a line that says why, where they can't
+def fused_kernels(step: TrainStep) -> Kernels | None:
+    """The step's forward pass and loss by the kernels of training/fused. None, and a line that says why, where they can't
     compute it."""
     reason, forward = "", None
-    if not has_bfloat16(device):
+    if not has_bfloat16(step.device):
         reason = "this GPU has no bfloat16"
     else:
         try:
+            from training.fused.loss import fused_loss
             from training.fused.network import fuse
-            forward = fuse(net)
+            forward = fuse(step.net)
             reason = "" if forward else "they can't compute what model.py does"
         except ImportError as error:
             reason = f"they need Triton ({error})"
-    if reason:
-        print(f"Steps use PyTorch's kernels, not the fused ones: {reason}.")
-    return forward
+    if forward:
+        return forward, fused_loss(step)
+    print(f"Steps use PyTorch's kernels, not the fused ones: {reason}.")
+    return None
 
 
 def torch_version() -> tuple[int, int]:

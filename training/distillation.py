@@ -7,23 +7,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from batches.streams import after_this, side_stream
+from training.machine import has_bfloat16
+
 
 class Distillation:
     """Adds the predictions of trained networks to the loss. They see the same augmented images as the network that learns."""
 
     def __init__(self, teachers: Sequence[nn.Module], weight: float, temperature: float) -> None:
         """`weight` is the teachers' share of the loss, 0 to 1; the labels have the rest."""
-        self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self.teachers = [_frozen(teacher) for teacher in teachers]
         self.weight, self.temperature = weight, temperature
 
-    def loss(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> Tensor:
+    def teacher_logits(self, images: Tensor) -> list[Tensor]:
+        """Each teacher's logits, N x classes, for `images`, N x 3 x H x W. A GPU computes them beside what is launched next:
+        call `wait_for` its side stream before they are used."""
+        with torch.no_grad(), after_this(side_stream(images.device)):
+            return [teacher(images) for teacher in self.teachers]
+
+    def loss(self, label_loss: Tensor, logits: Tensor, taught: list[Tensor]) -> Tensor:
         """The loss to train by, a scalar in nats: the weighted mean of `label_loss` and the Kullback-Leibler divergence of the
-        mean of the teachers' softened predictions from those of `logits`, N x classes, for `images`, N x 3 x H x W. The
+        mean of the teachers' softened predictions, from their logits `taught`, from those of `logits`, N x classes. The
         divergence is multiplied by the squared temperature, because its gradients shrink by that."""
-        with torch.no_grad():
-            predictions = [self._log_softened(teacher(images)) for teacher in self.teachers]
-            log_mean = predictions[0] if len(predictions) == 1 else (
-                torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions)))
+        predictions = [self._log_softened(each) for each in taught]
+        log_mean = predictions[0] if len(predictions) == 1 else (
+            torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions)))
         log_student = self._log_softened(logits)
         divergence = F.kl_div(log_student, log_mean, reduction="batchmean", log_target=True) * self.temperature ** 2
         return (1 - self.weight) * label_loss + self.weight * divergence
@@ -31,3 +39,12 @@ class Distillation:
     def _log_softened(self, logits: Tensor) -> Tensor:
         """The logarithms of the predictions at the temperature."""
         return F.log_softmax(logits.float() / self.temperature, 1)
+
+
+def _frozen(teacher: nn.Module) -> nn.Module:
+    """The network for predictions only, with the weights that autocast would cast in each step cast once."""
+    for layer in teacher.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear) and has_bfloat16(layer.weight.device):
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.bfloat16()
+    return teacher.eval().requires_grad_(False)

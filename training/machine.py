@@ -37,6 +37,8 @@ def find_device(name: str) -> torch.device:
     try:
         if kind == "cuda":
             torch.cuda.set_device(int(index or 0))  # events and pinned memory belong to the current device
+            # MiB that cuDNN may try an algorithm with; at its default, 1024, the search reserves some GB for a moment
+            os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", "256")
             # Timing may choose another algorithm in another run
             torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         torch.ones(1, device=device).sum().item()

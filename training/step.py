@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from batches.streams import side_stream, wait_for
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
 from training.machine import cudnn_benchmark, has_bfloat16
 from training.metrics import Metrics
+
+Forward = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 
 class TrainStep:
@@ -20,7 +24,8 @@ class TrainStep:
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
                  label_smoothing: float, distillation: Distillation | None = None, processes: Processes = ALONE) -> None:
         self.net, self.optimizer, self.device = net, optimizer, device
-        self.forward: Callable[[Tensor], Tensor] = net  # or what computes the same by other kernels
+        self.forward: Forward = net      # or what computes the same by other kernels,
+        self.loss: Loss = self.own_loss  # and likewise
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
         self.note = ""  # how steps run, for the log; a batch of a new size may change it
@@ -36,21 +41,30 @@ class TrainStep:
             return
         self.full_batch = self.full_batch or len(images)
         with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
+            with self.autocast:
+                taught = self.distillation.teacher_logits(images) if self.distillation else []
             # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input: so no autocast there
             with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
                 logits = self.forward(images)
-                # on CUDA autocast would leave its softmax in bfloat16
-                loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-                if self.distillation:
-                    loss = self.distillation.loss(loss, logits, images)
+                if taught:
+                    wait_for(side_stream(self.device))
+                loss = self.loss(logits, labels, taught)
             self.optimizer.zero_grad()
             # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
             # differ in size
             (loss * len(images) if self.processes.size > 1 else loss).backward()
             self.processes.average_gradients(self.net, len(images))
             self.optimizer.step()
-            if len(images):
-                self.metrics.add(loss, logits, labels)
+
+    def own_loss(self, logits: Tensor, labels: Tensor, taught: list[Tensor]) -> Tensor:
+        """The mean loss of a batch, from its logits and its teachers'; adds the batch to the metrics."""
+        # on CUDA autocast would leave its softmax in bfloat16
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        if self.distillation:
+            loss = self.distillation.loss(loss, logits, taught)
+        if len(labels):
+            self.metrics.add(loss, logits, labels)
+        return loss
 
 
 def autocast(device: torch.device) -> torch.autocast:

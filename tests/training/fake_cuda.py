@@ -1,13 +1,14 @@
 """CUDA without a GPU: tensors whose device is cuda:0 and that have a shape, strides and a dtype, but no data.
 
 Nothing is computed. What would be launched is counted, and so are the bytes that it would move at the least; what would make
-the host wait for the GPU, or bring tensors of two devices together, is named. Whether a capture is legal, streams, numerics
-and speed can't be seen.
+the host wait for the GPU, or bring tensors of two devices together, is named; so are races of two streams. Whether a capture
+is legal, numerics and speed can't be seen.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
@@ -15,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from batches import streams as streams_module
 from training import epoch
 from training.machine import memory_format
 
@@ -77,6 +80,96 @@ class Launches(TorchDispatchMode):
     def total(self) -> tuple[int, float]:
         """Kernels, and bytes in MB."""
         return sum(self.kernels.values()), sum(self.bytes.values()) / 1e6
+
+
+class Stream:
+    """Stands for a CUDA stream."""
+
+    device = CUDA
+
+    def __init__(self) -> None:
+        self.done: Counter[Stream] = Counter()  # of each stream, how many launches are done before the next one here begins
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.done |= other.done
+
+    @property
+    def launched(self) -> int:
+        return self.done[self]
+
+
+@dataclass
+class Memory:
+    """What a tensor lies in. When freed, it is for later launches in `owner`, the stream that it was made in."""
+
+    owner: Stream
+    storage: StorageWeakRef
+    written: Counter[Stream] = field(default_factory=Counter)  # by which launch of each stream, last
+    used: Counter[Stream] = field(default_factory=Counter)
+
+
+class Streams(TorchDispatchMode):
+    """Two stand-ins for streams, and what races there: launches on the same memory in both, of which the later one doesn't wait
+    for the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main, self.beside = Stream(), Stream()
+        self.current = self.main
+        self.memory: dict[int, Memory] = {}
+        self.races: list[str] = []
+
+    @contextmanager
+    def switch(self, stream: Stream | None) -> Iterator[None]:
+        """Stands for torch.cuda.stream."""
+        before, self.current = self.current, stream or self.current
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self._reuse()
+        result, name = operation(*args, **(kwargs or {})), operation.overloadpacket.__name__
+        if name in NO_KERNEL:
+            return result
+        read, written = ({memory.storage.cdata: memory for memory in map(self._of, tree_leaves(part)) if memory}
+                         for part in ((args, kwargs or {}), result))
+        done = self.current.done
+        self.races += [f"{name} reads" for memory in read.values() if not memory.written <= done]
+        self.races += [f"{name} writes" for memory in written.values() if not memory.used <= done]
+        done[self.current] += 1
+        for memory in written.values():
+            memory.written[self.current] = self.current.launched
+        for memory in (read | written).values():
+            memory.used[self.current] = self.current.launched
+        return result
+
+    def _of(self, leaf: object) -> Memory | None:
+        if not isinstance(leaf, Tensor) or not leaf.is_cuda:
+            return None
+        storage = StorageWeakRef(leaf.untyped_storage())
+        return self.memory.setdefault(storage.cdata, Memory(self.current, storage))
+
+    def _reuse(self) -> None:
+        """Give what is freed to the launches that follow in its stream."""
+        for key, memory in list(self.memory.items()):
+            if memory.owner is self.current and memory.storage.expired():
+                del self.memory[key]
+                if not memory.used <= self.current.done:
+                    self.races.append("freed")
+
+
+@contextmanager
+def two_streams() -> Iterator[Streams]:
+    """Within fake_cuda: there is a second stream, for all kinds of work, and what is launched in the body is looked at."""
+    with ExitStack() as stack:
+        streams = Streams()
+        for place, name, stand_in in ((streams_module, "_stream", lambda device, work: streams.beside),
+                                      (torch.cuda, "current_stream", lambda device: streams.current),
+                                      (torch.cuda, "stream", streams.switch)):
+            stack.enter_context(mock.patch.object(place, name, stand_in))
+        yield stack.enter_context(streams)
 
 
 def size(tensor: Tensor) -> int:
@@ -172,6 +265,7 @@ def fake_cuda(bfloat16: bool = True) -> Iterator[list[tuple]]:
                 (FakeTensor, "tolist", read),
                 (torch.Tensor, "pin_memory", lambda tensor: tensor),
                 (torch.random, "fork_rng", lambda *_: nullcontext()),
+                (streams_module, "_stream", lambda device, work: None),  # see two_streams
                 (epoch.time, "monotonic", lambda: 0.0)):  # nobody looks at the bar
             stack.enter_context(mock.patch.object(place, name, stand_in))
         yield reads

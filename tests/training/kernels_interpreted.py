@@ -12,8 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from model import separable
+from training.distillation import Distillation
 from training.fused import launches
+from training.fused.loss import fused_loss
 from training.fused.network import fuse
+from training.sgd import SGD
+from training.step import TrainStep
 
 launches.PROGRAMS = 3  # so that each takes rows several times, and some once more than others
 
@@ -41,11 +45,27 @@ gradients, buffers = {}, {}
 for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("fused", torch.float32)):
     copied = copy.deepcopy(net).to(dtype)
     forward = fuse(copied) if name == "fused" else copied
-    with torch.autocast("cpu", torch.bfloat16, enabled=name != "float64", cache_enabled=False):
+    with torch.autocast("cpu", torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False):
         logits = forward(images.to(dtype))
     F.cross_entropy(logits.to(dtype), labels).backward()
     gradients[name] = {key: parameter.grad for key, parameter in copied.named_parameters()}
     buffers[name] = {key: buffer for key, buffer in copied.named_buffers() if "num" not in key}
+
+# The loss, its gradients and the metrics: of more rows than the kernel takes at once, with teachers and without
+losses = {}
+for classes, smoothing, teachers in ((5, 0.0, 0), (10, 0.1, 0), (600, 0.0, 1), (10, 0.1, 2)):
+    logits = (4 * torch.randn(300, classes)).requires_grad_()
+    labels = torch.where(torch.arange(300) % 3 == 0, logits.argmax(1), torch.arange(300) % classes)
+    taught = [3 * torch.randn(300, classes) for _ in range(teachers)]
+    step = TrainStep(nn.Flatten(), SGD([logits], lr=0.0), torch.device("cpu"), smoothing,
+                     Distillation(teachers * [nn.Flatten()], 0.7, 3.0) if teachers else None)
+    found = []
+    for compute in (fused_loss(step), step.own_loss):
+        step.metrics.reset()
+        loss = compute(logits, labels, taught)
+        [gradient] = torch.autograd.grad(2 * loss, logits)
+        found.append([loss.detach(), gradient, *step.metrics.sums.clone()])
+    losses[f"{classes} classes, {smoothing}, {teachers} teachers"] = [relative(*each) for each in zip(*found, strict=True)]
 
 # Of four pixels the unbiased variance is a third more than the mean square
 few, first = images[:1, :, :2, :2], net[0]
@@ -59,7 +79,8 @@ nn.init.constant_(broken[1][0].weight, torch.nan)
 logits = fuse(broken)(images)
 
 print(json.dumps({
-    "not a number": logits.isnan().all().item(),
+    "not a number": logits.isnan().all().item() and fused_loss(step)(logits, labels[:2], []).isnan().item(),
+    "losses": losses,
     "gradients": {key: [relative(gradients[name][key], exact) for name in ("fused", "bfloat16")]
                   for key, exact in gradients["float64"].items()},
     "buffers": {key: relative(buffers["fused"][key], exact) for key, exact in buffers["float64"].items()}

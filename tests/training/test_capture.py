@@ -138,7 +138,7 @@ def old_batch(captured: CapturedStep, run):
     """The images and labels stay those of the recording."""
     cells = dict(zip(run.__code__.co_freevars, run.__closure__, strict=True))
     images, labels = (cells[name].cell_contents.clone() for name in ("images", "labels"))
-    return lambda: captured._step(images, labels, captured.net)
+    return lambda: captured._step(images, labels, captured.own)
 
 
 def lost_momentum(captured: CapturedStep, run):
@@ -318,7 +318,7 @@ def fused_step(monkeypatch, device: torch.device, forward, times: tuple[float, f
     step = make_inner_step(device)
     measured = iter(times)
     monkeypatch.setattr(capture, "_milliseconds", lambda *_: next(measured))
-    return CapturedStep(step, lambda images: forward(step.net, images))
+    return CapturedStep(step, (lambda images: forward(step.net, images), step.own_loss))
 
 
 def test_fused_kernels_that_are_right_and_faster_train_full_batches(device, batches, monkeypatch):
@@ -330,7 +330,7 @@ def test_fused_kernels_that_are_right_and_faster_train_full_batches(device, batc
     assert [loss for loss, _ in results] == pytest.approx([loss for loss, _ in expected], rel=1e-2)
     if device.type == "cpu":
         assert len(sizes) == 3 * 3 + 2  # each full batch, the warm-up and the check
-    assert captured.step.forward is captured.net  # an eager step has PyTorch's
+    assert (captured.step.forward, captured.step.loss) == captured.own  # an eager step has PyTorch's
 
 
 def fail(net, images):
@@ -344,7 +344,7 @@ def fail_to_capture(net, images):
 def test_after_a_fused_capture_has_failed_pytorchs_step_is_recorded_again(device, batches, monkeypatch):
     captured, own = fused_step(monkeypatch, device, fail_to_capture, (1.0, 2.0)), []
     capture = captured._capture
-    monkeypatch.setattr(captured, "_capture", lambda *inputs: own.append(inputs[2] is captured.net) or capture(*inputs))
+    monkeypatch.setattr(captured, "_capture", lambda *inputs: own.append(inputs[2] is captured.own) or capture(*inputs))
     train(captured, batches)
     assert own == [True, False, True, True]  # the last one is of the short batch
 
@@ -374,7 +374,7 @@ def test_fused_kernels_that_are_wrong_or_slower_are_left_out(device, batches, mo
     ({"batches": "device"}, "cpu", "need captured steps, and that needs CUDA"),
     ({"capture": "on", "batches": "device"}, "cuda", "not the fused ones: this GPU has no bfloat16")])
 def test_a_line_says_why_there_are_no_fused_kernels(monkeypatch, capsys, settings, device, printed):
-    monkeypatch.setattr(capture, "TrainStep", lambda *_: SimpleNamespace(note=""))
+    monkeypatch.setattr(capture, "TrainStep", lambda net, optimizer, device, *_: SimpleNamespace(note="", device=device))
     monkeypatch.setattr(capture, "CapturedStep", lambda step, fused: step)
     monkeypatch.setattr(capture, "has_bfloat16", lambda device: False)
     make_step(None, None, torch.device(device), Config(kernels="fused", **settings))
@@ -385,7 +385,7 @@ def test_a_line_says_why_there_are_no_fused_kernels(monkeypatch, capsys, setting
 def test_a_network_of_another_kind_has_no_fused_kernels(monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr(capture, "has_bfloat16", lambda device: True)
-    assert capture.fused_forward(nn.Flatten(), torch.device("cuda")) is None
+    assert capture.fused_kernels(SimpleNamespace(net=nn.Flatten(), device=torch.device("cuda"))) is None
     assert "they can't compute what model.py does" in capsys.readouterr().out
 
 

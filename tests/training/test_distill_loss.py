@@ -37,7 +37,8 @@ def test_the_loss_is_hintons(batch, weight, temperature):
     images, labels = batch
     net, logits = network(0), network(1)(images)
     loss = F.cross_entropy(logits, labels)
-    found = Distillation([net], weight, temperature).loss(loss, logits, images)
+    distillation = Distillation([net], weight, temperature)
+    found = distillation.loss(loss, logits, distillation.teacher_logits(images))
     teacher, student = softened(net(images), temperature), softened(logits, temperature)
     divergence = (teacher * np.log(teacher / student)).sum(1).mean()
     assert found.item() == pytest.approx((1 - weight) * loss.item() + weight * temperature**2 * divergence, rel=1e-5)
@@ -48,7 +49,8 @@ def test_several_teachers_are_the_mean_of_their_softened_predictions(batch):
     nets, logits = [network(seed) for seed in (0, 2, 3)], 5 * network(1)(images)
     for net in nets[1:]:
         net[-1].weight.data *= 50  # so that their predictions differ
-    found = Distillation(nets, 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
+    distillation = Distillation(nets, 1.0, 4.0)
+    found = distillation.loss(F.cross_entropy(logits, labels), logits, distillation.teacher_logits(images))
     mean = np.mean([softened(net(images), 4.0) for net in nets], axis=0)
     divergence = (mean * np.log(mean / softened(logits, 4.0))).sum(1).mean()
     assert found.item() == pytest.approx(16 * divergence, rel=1e-5)
@@ -58,7 +60,8 @@ def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it(batch):
     images, labels = batch
     net = network(0).eval()
     logits = net(images)
-    found = Distillation([copy.deepcopy(net)], 1.0, 4.0).loss(F.cross_entropy(logits, labels), logits, images)
+    distillation = Distillation([copy.deepcopy(net)], 1.0, 4.0)
+    found = distillation.loss(F.cross_entropy(logits, labels), logits, distillation.teacher_logits(images))
     assert found.item() == pytest.approx(0, abs=1e-5)
     found.backward()
     assert all(parameter.grad.abs().max() < 1e-5 for parameter in net.parameters())

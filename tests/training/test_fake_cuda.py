@@ -6,7 +6,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda
+from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda, two_streams
+from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
 from batches import device_batches
@@ -220,3 +221,72 @@ def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
         del drawn[:]
         next(iter(batches.shuffled("train", 5)))  # resumed elsewhere
         assert drawn == [5, 5]
+
+
+# ---------------------------------------------------------------- what runs beside the steps
+
+def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(monkeypatch):
+    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
+    with fake_cuda(), two_streams() as streams:
+        batches, main, beside = fake_batches(Config(batches="device", batch_size=32), train=300), streams.main, streams.beside
+        for epoch in (0, 1):
+            before, launched, waited_for, parts = beside.launched, [], [], []
+            for images, labels in batches.shuffled("train", epoch):
+                assert streams.current is main
+                launched.append(beside.launched - before)
+                waited_for.append(main.done[beside] - before)
+                parts.append(StorageWeakRef(images.untyped_storage()))
+                assert sum(not part.expired() for part in parts[::2]) == 1
+                (images.sum(), labels.sum())
+            part = launched[-1] // 5
+            assert part > 0
+            assert launched == [part * following for following in (2, 2, 3, 3, 4, 4, 5, 5, 5, 5)]
+            assert waited_for == [part * current for current in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5)]
+            for images, labels in batches.in_order("test"):
+                (images.sum(), labels.sum())
+    assert streams.races == []
+
+
+def test_an_epoch_that_ends_early_frees_nothing_that_is_read_beside(monkeypatch):
+    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
+    with fake_cuda(), two_streams() as streams:
+        batches = fake_batches(Config(batches="device", batch_size=32))
+        for epoch in (0, 1):
+            next(batches.shuffled("train", epoch))
+            torch.ones(3, device=CUDA)
+    assert streams.races == []
+
+
+@pytest.mark.parametrize("captured", ["on", "off"])
+def test_teachers_predict_beside_the_network_that_learns(captured):
+    beside_done = []
+    with fake_cuda(), two_streams() as streams:
+        config = Config(batches="device", batch_size=32, capture=captured)
+        step, batches = fake_step(config, distill=True), fake_batches(config)
+        step.net.register_forward_hook(
+            lambda *_: beside_done.append(streams.main.done[streams.beside] == streams.beside.launched))
+        for images, labels in batches.shuffled("train", 0):
+            step(images, labels)
+    assert set(beside_done) == {False}
+    assert streams.races == []
+
+
+def test_races_of_two_streams_are_seen():
+    with fake_cuda(), two_streams() as streams:
+        ones = torch.ones(3, device=CUDA)
+        with torch.cuda.stream(streams.beside):
+            doubled = 2 * ones
+        doubled.sum()
+        ones.zero_()
+        assert streams.races == ["mul reads", "sum reads", "zero_ writes"]
+        del doubled, streams.races[:]
+        with torch.cuda.stream(streams.beside):
+            2 * torch.ones(3, device=CUDA)
+        assert streams.races == ["freed"]
+        streams.beside.wait_stream(streams.main)
+        with torch.cuda.stream(streams.beside):
+            doubled = 2 * ones
+        streams.main.wait_stream(streams.beside)
+        doubled.sum()
+        ones.zero_()
+    assert streams.races == ["freed"]

@@ -40,6 +40,7 @@ def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
     assert max(ratios.values()) < 2, ratios  # so few pixels that PyTorch's own rounding may be lucky in one of them
     assert all(error < 2e-3 for error in found["buffers"].values())
     assert found["not a number"]
+    assert max(error for errors in found["losses"].values() for error in errors) < 1e-5
 
 
 # ---------------------------------------------------------------- which networks they can compute
@@ -54,7 +55,7 @@ def test_every_parameter_gets_a_gradient_in_its_own_memory_order(monkeypatch, ne
     parameters = dict(net.named_parameters())
     assert gradients.keys() == parameters.keys()
     assert all(gradients[name].stride() == parameter.stride() for name, parameter in parameters.items()
-               if not name.startswith("head."))  # whose gradients are PyTorch's
+               if net.head[1:-1] == nn.Sequential() or not name.startswith("head."))  # behind dropout they are PyTorch's
 
 
 class Doubled(Net):
@@ -161,16 +162,16 @@ def test_weights_gradients_are_computed_beside_from_memory_that_is_kept(monkeypa
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
-    monkeypatch.setattr(network, "_side_stream", lambda device: beside)
+    monkeypatch.setattr(network, "side_stream", lambda device: beside)
     with fake_cuda():
         images = torch.empty(2, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
         node = fuse(to_fake_cuda(Net()))(images).grad_fn
-        while type(node).__name__ != "_FeaturesBackward":
+        while type(node).__name__ != "_OutputsBackward":
             node = node.next_functions[0][0]
-        node.apply(torch.empty(2, 256, device=CUDA))
+        node.apply(torch.empty(2, 10, device=CUDA))
     assert launched.count(("pointwise_weights", beside)) == launched.count(("sum_programs", beside)) == 8
     assert [stream for name, stream in launched if name not in ("pointwise_weights", "sum_programs")].count(beside) == 0
-    assert FakeStream.waits == [(beside, main, True)] * 8 + [(main, beside, True)]
+    assert FakeStream.waits == [(beside, main, True)] * 9 + [(main, beside, True)]  # of the head, too
 
 
 @pytest.mark.slow

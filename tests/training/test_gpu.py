@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from batches import device_batches as device_batches_module
 from batches.augmentation import test_policy as normalization
 from batches.augmentation import train_policy
 from batches.device_batches import DeviceBatches
@@ -136,6 +137,32 @@ def test_device_batches_are_the_same_on_a_gpu():
     for _ in range(2):  # the second time from what is kept
         tests = [torch.cat([images.cpu() for images, _ in each.in_order("test")]) for each in batches]
         assert torch.equal(*tests)
+
+
+@pytest.mark.parametrize("slow", ["steps", "augmentation"])
+def test_batches_are_the_same_whichever_stream_is_slow(monkeypatch, slow):
+    """A stream that didn't wait for the other would read what is not there yet, or write over what is not read yet."""
+    monkeypatch.setattr(device_batches_module, "AUGMENTED_TOGETHER", 256)
+    expected, batches = device_batches(torch.device("cpu"), 2000, 64), device_batches(count=2000, batch_size=64)
+    augment = batches.policies["train"]
+
+    def late(images, parameters):
+        if slow == "augmentation":
+            torch.cuda._sleep(20_000_000)  # some 10 ms
+        return augment(images, parameters)
+
+    late.sample, late.draws = augment.sample, augment.draws
+    batches.policies["train"] = late
+    for epoch in (0, 1):
+        seen = []
+        for images, labels in batches.shuffled("train", epoch):
+            if slow == "steps":
+                torch.cuda._sleep(2_000_000)
+            seen.append((images.clone(), labels.clone()))
+            del images, labels  # before the GPU has read them
+        for (images, labels), (on_gpu, gpu_labels) in zip(expected.shuffled("train", epoch), seen, strict=True):
+            assert torch.equal(labels, gpu_labels.cpu())
+            assert (images != on_gpu.cpu()).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("capture", ["on", "off"])

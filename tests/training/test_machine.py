@@ -10,7 +10,14 @@ from conftest import ROOT
 
 from config import Config
 from training import machine
-from training.machine import cudnn_benchmark, find_device, instruction_set, memory_format, seed_torch, set_determinism
+from training.machine import (
+    cudnn_benchmark,
+    find_device,
+    instruction_set,
+    memory_format,
+    seed_torch,
+    set_determinism,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -154,22 +154,24 @@ def finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm
     running mean, so that a mean far from zero costs no precision (Chan, Golub and LeVeque 1983, "Algorithms for computing the
     sample variance", shifted data). FILTERED: a depthwise convolution follows."""
     channel, program = tl.program_id(0) * EACH + tl.arange(0, EACH), tl.arange(0, PROGRAMS)
-    difference = tl.sum(_load(partial, 2 * program, channel, program < programs, CHANNELS), 0) / rows
-    square = tl.sum(_load(partial, 2 * program + 1, channel, program < programs, CHANNELS), 0) / rows
-    before = tl.load(running_mean + channel)
-    mean, variance = before + difference, _relu(square - difference * difference)
-    rstd = 1 / tl.sqrt(variance + epsilon)
-    scale = tl.load(gamma + channel) * rstd
-    tl.store(norm + MEAN * CHANNELS + channel, mean)
-    tl.store(norm + RSTD * CHANNELS + channel, rstd)
-    tl.store(norm + SCALE * CHANNELS + channel, scale)
-    tl.store(norm + SHIFT * CHANNELS + channel, tl.load(beta + channel) - mean * scale)
-    tl.store(running_mean + channel, before + momentum * difference)
-    before = tl.load(running_var + channel)
-    tl.store(running_var + channel, before + momentum * (variance * rows / (rows - 1) - before))
+    # everything is asked for at once: memory answers some 600 ns later
+    differences = _load(partial, 2 * program, channel, program < programs, CHANNELS)
+    squares = _load(partial, 2 * program + 1, channel, program < programs, CHANNELS)
+    mean_before, variance_before = tl.load(running_mean + channel), tl.load(running_var + channel)
+    weight, bias = tl.load(gamma + channel), tl.load(beta + channel)
     if FILTERED:
         for tap in tl.static_range(TAPS):
             tl.store(norm + (TAP + tap) * CHANNELS + channel, tl.load(depthwise + channel * TAPS + tap))
+    difference, square = tl.sum(differences, 0) / rows, tl.sum(squares, 0) / rows
+    mean, variance = mean_before + difference, _relu(square - difference * difference)
+    rstd = 1 / tl.sqrt(variance + epsilon)
+    scale = weight * rstd
+    tl.store(norm + MEAN * CHANNELS + channel, mean)
+    tl.store(norm + RSTD * CHANNELS + channel, rstd)
+    tl.store(norm + SCALE * CHANNELS + channel, scale)
+    tl.store(norm + SHIFT * CHANNELS + channel, bias - mean * scale)
+    tl.store(running_mean + channel, mean_before + momentum * difference)
+    tl.store(running_var + channel, variance_before + momentum * (variance * rows / (rows - 1) - variance_before))
 
 
 @triton.jit
@@ -185,6 +187,58 @@ def pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.conste
         activation = _relu(z * scale[None, :] + shift[None, :])
         total += tl.sum(tl.where(valid[:, None], activation, 0.0), 0)
     tl.store(features + image * CHANNELS + channel, total / PIXELS)
+
+
+# ---------------------------------------------------------------- the loss
+
+@triton.jit
+def _log_softmax(values):
+    """Of rows x classes, by row."""
+    shifted = values - tl.max(values, 1)[:, None]
+    return shifted - tl.log(tl.sum(tl.exp(shifted), 1))[:, None]
+
+
+@triton.jit
+def _load_logits(logits, row, valid, CLASSES: tl.constexpr, PADDED: tl.constexpr):
+    """Rows x PADDED as float32: -inf beyond the classes, zero in rows that are not `valid`."""
+    value = tl.arange(0, PADDED)
+    there = valid[:, None] & (value < CLASSES)[None, :]
+    loaded = tl.load(logits + row[:, None] * CLASSES + value[None, :], mask=there, other=0.0).to(tl.float32)
+    return tl.where((value < CLASSES)[None, :], loaded, float("-inf"))
+
+
+@triton.jit
+def softmax_loss(logits, labels, teachers, loss, gradients, sums, rows, smoothing, share, temperature,
+                 CLASSES: tl.constexpr, PADDED: tl.constexpr, TEACHERS: tl.constexpr, ROWS: tl.constexpr):
+    """The loss of training/step.py and training/distillation.py, its gradients for the logits, and the metrics' sums: those of
+    the loss and of correct predictions. `teachers`: the logits of TEACHERS networks. One program, so sums have one order."""
+    value = tl.arange(0, PADDED)
+    total, right = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        valid = row < rows
+        there = valid[:, None] & (value < CLASSES)[None, :]
+        student = _load_logits(logits, row, valid, CLASSES, PADDED)
+        label = tl.load(labels + row, mask=valid, other=0)
+        target = tl.where(value[None, :] == label[:, None], 1 - smoothing, 0.0) + smoothing / CLASSES
+        log_predicted = _log_softmax(student)
+        lost = -target * log_predicted
+        gradient = tl.exp(log_predicted) - target
+        if TEACHERS:
+            softened = tl.zeros((ROWS, PADDED), tl.float32)
+            for teacher in tl.static_range(TEACHERS):
+                taught = _load_logits(teachers + teacher * rows * CLASSES, row, valid, CLASSES, PADDED)
+                softened += tl.exp(_log_softmax(taught / temperature)) / TEACHERS
+            log_predicted = _log_softmax(student / temperature)
+            divergence = tl.where(softened > 0, softened * (tl.log(softened) - log_predicted), 0.0)
+            lost = (1 - share) * lost + share * temperature * temperature * divergence
+            gradient = (1 - share) * gradient + share * temperature * (tl.exp(log_predicted) - softened)
+        total += tl.sum(tl.where(there, lost, 0.0), 1)
+        right += tl.where(valid & (tl.argmax(student, 1) == label), 1.0, 0.0)
+        tl.store(gradients + row[:, None] * CLASSES + value[None, :], gradient / rows, mask=there)
+    tl.store(loss, tl.sum(total, 0) / rows)
+    tl.store(sums, tl.load(sums) + tl.sum(total, 0))
+    tl.store(sums + 1, tl.load(sums + 1) + tl.sum(right, 0))
 
 
 # ---------------------------------------------------------------- backwards

@@ -1,5 +1,7 @@
 """Launch the fused kernels: allocate their results, and choose how many programs share the work."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -12,7 +14,7 @@ AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes,
 PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
 # Rows that a program takes at once, at most, and how Triton compiles it. At sm_90 a multiprocessor has registers for four
 # programs of FILTER, three of SUM, and two of CONVOLVE with 64 channels
-CONVOLVE, FILTER, SUM = (32, {"num_warps": 4, "num_stages": 1}), (16, {"num_warps": 4}), (64, {"num_warps": 4, "num_stages": 3})
+CONVOLVE, FILTER, SUM = (32, {"num_warps": 4, "num_stages": 1}), (16, {"num_warps": 4}), (64, {"num_warps": 4, "num_stages": 2})
 
 
 def _rows_each(rows: int, others: int, most: int) -> int:
@@ -100,6 +102,18 @@ def pool_forward(maps: Tensor, norm: Tensor, number: int) -> Tensor:
     kernels.pool_forward[(number, channels // 32)](
         maps, norm, features, PIXELS=len(maps) // number, CHANNELS=channels, BLOCK=16)
     return features
+
+
+def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float, temperature: float,
+                 sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean loss on logits float32 N x classes and its gradients for them; adds the batch to the metrics' `sums`."""
+    (rows, classes), padded = logits.shape, triton.next_power_of_2(logits.shape[1])
+    loss, gradients = logits.new_empty(()), torch.empty_like(logits)
+    taught = torch.stack(list(teachers)) if len(teachers) > 1 else teachers[0].contiguous() if teachers else logits
+    kernels.softmax_loss[(1,)](
+        logits, labels, taught, loss, gradients, sums, rows, smoothing, share, temperature, CLASSES=classes, PADDED=padded,
+        TEACHERS=len(teachers), ROWS=max(1, min(128, 4096 // padded)))
+    return loss, gradients
 
 
 def pool_backward(feature_gradients: Tensor, maps: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:

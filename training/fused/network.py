@@ -1,38 +1,39 @@
 """A depthwise-separable network with its training steps in a few large kernels."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from analysis.receptive_field import in_mode
+from batches.streams import after_this, side_stream
 from training.fused import launches
 
 
 class Chain(nn.Module):
-    """A first 3x3 convolution with BatchNorm and ReLU, separable blocks, and a global average."""
+    """A first 3x3 convolution with BatchNorm and ReLU, separable blocks, a global average, and maybe a 1x1 convolution."""
 
-    def __init__(self, layers: list[tuple[nn.Module, ...]]) -> None:
+    def __init__(self, layers: list[tuple[nn.Module, ...]], head: nn.Conv2d | None) -> None:
         """`layers`: first the convolution and its BatchNorm, then of each block the depthwise and the pointwise convolution and
         BatchNorm."""
         super().__init__()
-        self.layers = layers
-        self.parameters_in_order = [parameter for each in layers for layer in each for parameter in layer.parameters()]
+        self.layers, self.head = layers, [head] if head else []  # in lists, as the network has them already
+        self.parameters_in_order = [parameter for each in [*layers, self.head] for layer in each
+                                    for parameter in layer.parameters()]
 
     def forward(self, images: Tensor) -> Tensor:
-        """The pooled features, float32 N x channels x 1 x 1, of images float32 N x 3 x H x W in channels_last memory."""
-        return _Features.apply(images, self.layers, *self.parameters_in_order)[:, :, None, None]
+        """The pooled features or, from the last convolution, logits, float32 N x channels x 1 x 1, of images float32
+        N x 3 x H x W in channels_last memory."""
+        return _Outputs.apply(images, self.layers, self.head, *self.parameters_in_order)[:, :, None, None]
 
 
-class _Features(torch.autograd.Function):
+class _Outputs(torch.autograd.Function):
     """What a Chain computes, and its gradients. Keeps of each block its input and what is between its convolutions."""
 
     @staticmethod
-    def forward(ctx, images, layers, *parameters):
-        """The pooled features, N x channels. `parameters` are those of `layers`, passed so that autograd returns
+    def forward(ctx, images, layers, head, *parameters):
+        """The features or logits, N x channels. `parameters` are those of `layers` and `head`, passed so that autograd returns
         their gradients."""
         images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
         depthwises = [depthwise for depthwise, _, _ in blocks] + [None]
@@ -42,21 +43,28 @@ class _Features(torch.autograd.Function):
             between, *out = launches.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
             saved.append((maps, norm, size, between))
             maps, norm, size = out  # type: ignore[assignment]
-        ctx.first, ctx.blocks, ctx.images, ctx.saved, ctx.last = first, blocks, images, saved, (maps, norm, size)
-        return launches.pool_forward(maps, norm, len(images))
+        features = launches.pool_forward(maps, norm, len(images))
+        ctx.first, ctx.blocks, ctx.head, ctx.images = first, blocks, head, images
+        ctx.saved, ctx.last, ctx.features = saved, (maps, norm, size), features
+        return torch.addmm(head[0].bias, features, head[0].weight.flatten(1).T) if head else features
 
     @staticmethod
-    def backward(ctx, feature_gradients):
-        """None for images and layers, and the gradients of the parameters in their order."""
-        maps, norm, out_size = ctx.last
-        gradients, sums = launches.pool_backward(feature_gradients.contiguous(), maps, norm)
+    def backward(ctx, gradients):
+        """None for images, layers and head, and the gradients of the parameters in their order."""
         found = []  # from the last parameter to the first
-        read_beside = []  # kept until the streams have met, so that nothing is written over them
-        beside = _side_stream(maps.device) if maps.is_cuda else None
+        (maps, norm, out_size), gradients = ctx.last, gradients.contiguous()
+        read_beside = [gradients]  # kept until the streams have met, so that nothing is written over them
+        beside = side_stream(maps.device) if maps.is_cuda else None
+        # Of weights' gradients in the other stream: only the optimizer needs them, so the other gradients don't wait
+        for head in ctx.head:
+            with after_this(beside):
+                found += [gradients.sum(0), (gradients.T @ ctx.features).as_strided(head.weight.shape, head.weight.stride())]
+            gradients = gradients @ head.weight.flatten(1)
+        gradients, sums = launches.pool_backward(gradients, maps, norm)
         for (depthwise, pointwise, _), (maps_in, norm_in, size, between) in zip(
                 reversed(ctx.blocks), reversed(ctx.saved), strict=True):
             found += [sums[0], sums[1]]
-            with _after_this(beside):  # only the optimizer needs these, so the other gradients don't wait for them
+            with after_this(beside):
                 weights = launches.pointwise_weights(gradients, maps, norm, sums, between, pointwise.weight)
             read_beside.append(gradients)
             between_gradients = launches.pointwise_backward(gradients, maps, norm, sums, pointwise.weight)
@@ -67,21 +75,7 @@ class _Features(torch.autograd.Function):
         found += [sums[0], sums[1], launches.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
         if beside:
             torch.cuda.current_stream(maps.device).wait_stream(beside)
-        return None, None, *reversed(found)
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _after_this(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Launch on `stream`, to run after what has been launched so far; None is the current stream."""
-    if stream:
-        stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
-        yield
+        return None, None, None, *reversed(found)
 
 
 def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -95,31 +89,42 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
     except Exception:  # a forward that depends on its input can't be traced
         return None
     start, *nodes = graph.nodes
-    layers = []
+    replaced: list[fx.Node] = []
+    layers: list[nn.Module] = []  # that they call
     for previous, node in zip([start, *nodes], nodes, strict=False):
-        if node.op != "call_module" or node.args != (previous,) or node.kwargs or len(previous.users) != 1:
-            return None
-        layers.append(net.get_submodule(node.target))
-        if isinstance(layers[-1], nn.AdaptiveAvgPool2d):
+        called = _called(net, node, previous)
+        pooled = bool(layers) and isinstance(layers[-1], nn.AdaptiveAvgPool2d)
+        if called is None or (pooled and not _is_head(called)):
+            break
+        replaced.append(node)
+        layers.append(called)
+        if pooled:
             break
     chain = _as_chain(layers)
     if chain is None:
         return None
     with graph.inserting_after(start):
-        node.replace_all_uses_with(graph.create_node("call_module", "chain", (start,)))
-    for node in reversed(nodes[:len(layers)]):
+        replaced[-1].replace_all_uses_with(graph.create_node("call_module", "chain", (start,)))
+    for node in reversed(replaced):
         graph.erase_node(node)
     fused = fx.GraphModule({**dict(net.named_modules()), **dict(net.named_parameters()), "chain": chain}, graph)
 
     def forward(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", enabled=False):  # the head is small: float32 saves its casts
+        with torch.autocast("cuda", enabled=False):  # what follows is small: float32 saves its casts
             return fused(images)
 
     return forward
 
 
+def _called(net: nn.Module, node: fx.Node, previous: fx.Node) -> nn.Module | None:
+    """The module that the node calls, if it does so with what `previous` returns, which nothing else uses."""
+    alone = node.op == "call_module" and node.args == (previous,) and not node.kwargs and len(previous.users) == 1
+    return net.get_submodule(str(node.target)) if alone else None
+
+
 def _as_chain(layers: list[Any]) -> Chain | None:
     """The layers as a Chain, if they are one that the kernels can compute."""
+    head = layers.pop() if layers and _is_head(layers[-1]) else None
     kinds = [type(layer) for layer in layers]
     block = [nn.Conv2d, nn.Conv2d, nn.BatchNorm2d, nn.ReLU]
     number = (len(layers) - 4) // 4
@@ -129,7 +134,7 @@ def _as_chain(layers: list[Any]) -> Chain | None:
     blocks = [tuple(middle[start:start + 3]) for start in range(0, len(middle), 4)]
     possible = (_is_input(first) and pool.output_size in (1, (1, 1)) and _is_usual(first_norm)
                 and all(_is_depthwise(one) and _is_pointwise(other) and _is_usual(norm) for one, other, norm in blocks))
-    return Chain([(first, first_norm), *blocks]) if possible else None
+    return Chain([(first, first_norm), *blocks], head) if possible else None
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -154,6 +159,12 @@ def _is_depthwise(layer: nn.Conv2d) -> bool:
 
 def _is_pointwise(layer: nn.Conv2d) -> bool:
     return _is_conv(layer, 1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+
+
+def _is_head(layer: nn.Module) -> bool:
+    """Whether it can follow the pooling in a Chain; a pointwise convolution of a block has no bias."""
+    return (isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+            and layer.groups == 1 and layer.bias is not None)
 
 
 def _is_usual(layer: nn.BatchNorm2d) -> bool:

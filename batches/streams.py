@@ -1,0 +1,34 @@
+"""Second streams of a GPU, for work that runs beside the training steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+
+
+def side_stream(device: torch.device, work: str = "steps") -> torch.cuda.Stream | None:
+    """A GPU's second stream for this kind of work, always the same one; None on other devices, which have none. Launch there
+    by `after_this`: a tensor made there can then be freed like any other, because what takes its memory runs after all that
+    was launched while it was there."""
+    return _stream(device.index or 0, work) if device.type == "cuda" else None  # cuda is cuda:0
+
+
+@cache
+def _stream(index: int, work: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+@contextmanager
+def after_this(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launch on `stream`, to run after what has been launched so far; None is the current stream."""
+    if stream:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def wait_for(stream: torch.cuda.Stream | None) -> None:
+    """Have the current stream, and not the host, wait for what has been launched on `stream`."""
+    if stream:
+        torch.cuda.current_stream(stream.device).wait_stream(stream)

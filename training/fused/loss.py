@@ -1,0 +1,31 @@
+"""The loss of a step in one kernel, with its gradients and the metrics."""
+
+import torch
+from torch import Tensor
+
+from training.fused import launches
+from training.step import Loss, TrainStep
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """What launches.softmax_loss computes."""
+
+    @staticmethod
+    def forward(ctx, logits, *arguments):
+        loss, ctx.gradients = launches.softmax_loss(logits.contiguous(), *arguments)
+        return loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.gradients, *6 * [None]
+
+
+def fused_loss(step: TrainStep) -> Loss:
+    """What computes as `step.own_loss` does, metrics included."""
+    distillation = step.distillation
+    share, temperature = (distillation.weight, distillation.temperature) if distillation else (0.0, 1.0)
+
+    def loss(logits: Tensor, labels: Tensor, taught: list[Tensor]) -> Tensor:
+        return _SoftmaxLoss.apply(logits.float(), labels, taught, step.label_smoothing, share, temperature, step.metrics.sums)
+
+    return loss
