@@ -11,7 +11,7 @@ from tqdm import tqdm
 from config import Config
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
-from training.machine import cudnn_benchmark, has_bfloat16
+from training.machine import has_bfloat16
 from training.self_check import TOLERANCE, addresses, largest_difference, put_back, snapshot, step_state
 from training.step import Forward, Loss, TrainStep
 
@@ -62,12 +62,10 @@ class CapturedStep:
         inputs = (images.clone(), labels.clone())
         before = snapshot(step_state(self.step))
         try:
-            # cuDNN's search for its fastest kernels takes seconds that other kernels don't need
-            with (torch.random.fork_rng([self.device] if self.device.type == "cuda" else []),
-                  cudnn_benchmark(self.fused is None)):
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
                 reason = self._capture(*inputs, self.own) or self._check(*inputs)
-                if self.fused and not reason and len(labels) == self.step.full_batch:
+                if self.fused and not reason and len(labels) == next(iter(self.recordings))[0]:  # the first batch is full
                     self.kernels, reason = self._try_fused(*inputs, self.fused)
         finally:
             with torch.no_grad():

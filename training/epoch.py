@@ -12,7 +12,7 @@ from config import UserError
 from images.dataset import SIDE
 from training.capture import Step
 from training.distributed import ALONE, Processes
-from training.machine import cudnn_benchmark, memory_format
+from training.machine import memory_format
 from training.metrics import Result
 from training.schedule import set_learning_rate
 from training.step import autocast
@@ -67,7 +67,7 @@ def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple
     precision, outputs = autocast(device), []
     for images, labels in batches:
         images, labels = _to_device(images, labels, device)
-        with precision, cudnn_benchmark(False):
+        with precision:
             outputs.append((net(images).float(), labels))
     return torch.cat([logits for logits, _ in outputs]), torch.cat([labels for _, labels in outputs])
 
@@ -79,7 +79,7 @@ def check_output(net: nn.Module, num_classes: int, device: torch.device, crop_si
     for side in sorted({SIDE, crop_size}, reverse=True):
         images = torch.zeros(2, 3, side, side, device=device).to(memory_format=memory_format(device))
         try:
-            with autocast(device), cudnn_benchmark(False):
+            with autocast(device):
                 output = net.eval()(images)
         except RuntimeError as error:
             if side == SIDE:

@@ -4,8 +4,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -37,10 +36,6 @@ def find_device(name: str) -> torch.device:
     try:
         if kind == "cuda":
             torch.cuda.set_device(int(index or 0))  # events and pinned memory belong to the current device
-            # MiB that cuDNN may try an algorithm with; at its default, 1024, the search reserves some GB for a moment
-            os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", "256")
-            # Timing may choose another algorithm in another run
-            torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         torch.ones(1, device=device).sum().item()
     except RuntimeError as error:  # a GPU that is too old for this build, say
         raise UserError(f"this PyTorch can't use device {name} ({str(error).splitlines()[0]}): use --device cpu, or install "
@@ -73,18 +68,6 @@ def memory_format(device: torch.device) -> torch.memory_format:
     """The fastest order of dimensions in memory. On a GPU without bfloat16 cuDNN's float32 depthwise kernels for channels_last
     are slower than PyTorch's own, which need contiguous images."""
     return torch.contiguous_format if device.type == "cuda" and not has_bfloat16(device) else torch.channels_last
-
-
-@contextmanager
-def cudnn_benchmark(wanted: bool) -> Iterator[None]:
-    """Disable cudnn.benchmark in the body unless it is `wanted`. For shapes that are rare, timing cuDNN's algorithms takes
-    longer than it saves."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = before and wanted
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:

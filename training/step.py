@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batches.streams import side_stream, wait_for
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
-from training.machine import cudnn_benchmark, has_bfloat16
+from training.machine import has_bfloat16
 from training.metrics import Metrics
 
 Forward = Callable[[Tensor], Tensor]
@@ -30,7 +30,6 @@ class TrainStep:
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
         self.note = ""  # how steps run, for the log; a batch of a new size may change it
         self.first_done = 0.0  # time.perf_counter() when the first step returned
-        self.full_batch = 0  # images of the first batch
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images float32 N x 3 x H x W and labels int64 N, both on the device: this process's part of a batch."""
@@ -39,22 +38,20 @@ class TrainStep:
             self.processes.average_gradients(self.net, 0)
             self.optimizer.step()
             return
-        self.full_batch = self.full_batch or len(images)
-        with cudnn_benchmark(len(images) == self.full_batch):  # not for an epoch's short last batch
-            with self.autocast:
-                taught = self.distillation.teacher_logits(images) if self.distillation else []
-            # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input: so no autocast there
-            with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
-                logits = self.forward(images)
-                if taught:
-                    wait_for(side_stream(self.device))
-                loss = self.loss(logits, labels, taught)
-            self.optimizer.zero_grad()
-            # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
-            # differ in size
-            (loss * len(images) if self.processes.size > 1 else loss).backward()
-            self.processes.average_gradients(self.net, len(images))
-            self.optimizer.step()
+        with self.autocast:
+            taught = self.distillation.teacher_logits(images) if self.distillation else []
+        # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input: so no autocast there
+        with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
+            logits = self.forward(images)
+            if taught:
+                wait_for(side_stream(self.device))
+            loss = self.loss(logits, labels, taught)
+        self.optimizer.zero_grad()
+        # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
+        # differ in size
+        (loss * len(images) if self.processes.size > 1 else loss).backward()
+        self.processes.average_gradients(self.net, len(images))
+        self.optimizer.step()
 
     def own_loss(self, logits: Tensor, labels: Tensor, taught: list[Tensor]) -> Tensor:
         """The mean loss of a batch, from its logits and its teachers'; adds the batch to the metrics."""

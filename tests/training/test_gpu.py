@@ -20,7 +20,6 @@ from runs.record import read_run
 from training import machine
 from training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step, torch_version
 from training.epoch import evaluate, train_epoch
-from training.machine import find_device
 from training.metrics import Metrics
 from training.sgd import SGD
 from training.step import TrainStep
@@ -53,6 +52,7 @@ def test_the_program_trains_on_a_gpu_and_resumes(run, tmp_path, monkeypatch, how
     first = run("--device", "cuda", "--epochs", "4", "--lr", "0.05", "--workers", "2", "--batches", *how)
     resumed = run("--resume")
     assert (first[0], resumed[0]) == (130, 0)
+    assert not torch.backends.cudnn.benchmark
     assert "not captured" not in "".join(first[1:] + resumed[1:])  # a line would say that and why
     found = read_run(only_run(tmp_path))
     assert len(found.rows) == 4
@@ -251,14 +251,3 @@ def test_a_gpu_without_bfloat16_trains_in_contiguous_float32(monkeypatch):
     assert isinstance(step, CapturedStep)
     assert step.possible, step.note
     assert results[-1].loss < results[0].loss
-
-
-def test_cudnn_searches_for_the_batch_size_only(monkeypatch):
-    find_device("cuda")
-    searched = []
-    step, batches = gpu_step("off"), device_batches()
-    step.net.register_forward_pre_hook(lambda net, inputs: searched.append((len(inputs[0]), torch.backends.cudnn.benchmark)))
-    with tqdm(disable=True) as bar:
-        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)
-    evaluate(step.net, batches.in_order("test"), CUDA)
-    assert set(searched) == {(128, True), (5000 % 128, False), (2500, False)}
