@@ -20,6 +20,7 @@ from training.sgd import SGD
 from training.step import TrainStep
 
 launches.PROGRAMS = 3  # so that each takes rows several times, and some once more than others
+launches.ENOUGH = 1  # so that each takes as many rows at once as a launch can
 
 
 def small_net() -> nn.Sequential:

@@ -175,18 +175,34 @@ def finish_norm(partial, gamma, beta, running_mean, running_var, depthwise, norm
 
 
 @triton.jit
-def pool_forward(maps, norm, features, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """The mean of an image's pixels after BatchNorm and ReLU, of 32 channels."""
-    image, channel = tl.program_id(0), tl.program_id(1) * 32 + tl.arange(0, 32)
-    scale, shift = tl.load(norm + SCALE * CHANNELS + channel), tl.load(norm + SHIFT * CHANNELS + channel)
-    total = tl.zeros((32,), tl.float32)
+def _load_head(weights, first, channel, CHANNELS: tl.constexpr, CLASSES: tl.constexpr, EACH: tl.constexpr):
+    """The head's weights for EACH classes, from the `first` on: classes x channels, zero where there are none."""
+    value = first + tl.arange(0, EACH)
+    there = (value < CLASSES)[:, None] & (channel < CHANNELS)[None, :]
+    return tl.load(weights + value[:, None] * CHANNELS + channel[None, :], mask=there, other=0.0)
+
+
+@triton.jit
+def pool_forward(maps, norm, weights, bias, features, logits, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+                 PADDED: tl.constexpr, BLOCK: tl.constexpr, CLASSES: tl.constexpr, EACH: tl.constexpr):
+    """Of an image: the mean of its pixels after BatchNorm and ReLU, and the logits of CLASSES, if there are any."""
+    image, channel = tl.program_id(0), tl.arange(0, PADDED)
+    there = channel < CHANNELS
+    scale = tl.load(norm + SCALE * CHANNELS + channel, mask=there, other=0.0)
+    shift = tl.load(norm + SHIFT * CHANNELS + channel, mask=there, other=0.0)
+    total = tl.zeros((PADDED,), tl.float32)
     for start in range(0, PIXELS, BLOCK):
         pixel = start + tl.arange(0, BLOCK)
-        valid = pixel < PIXELS
-        z = _load(maps, image * PIXELS + pixel, channel, valid, CHANNELS)
-        activation = _relu(z * scale[None, :] + shift[None, :])
-        total += tl.sum(tl.where(valid[:, None], activation, 0.0), 0)
-    tl.store(features + image * CHANNELS + channel, total / PIXELS)
+        inside = (pixel < PIXELS)[:, None] & there[None, :]
+        z = tl.load(maps + (image * PIXELS + pixel)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0.0)
+        total += tl.sum(tl.where(inside, _relu(z.to(tl.float32) * scale[None, :] + shift[None, :]), 0.0), 0)
+    feature = total / PIXELS
+    tl.store(features + image * CHANNELS + channel, feature, mask=there)
+    for first in range(0, CLASSES, EACH):
+        value = first + tl.arange(0, EACH)
+        product = tl.sum(_load_head(weights, first, channel, CHANNELS, CLASSES, EACH) * feature[None, :], 1)
+        tl.store(logits + image * CLASSES + value, product + tl.load(bias + value, mask=value < CLASSES, other=0.0),
+                 mask=value < CLASSES)
 
 
 # ---------------------------------------------------------------- the loss
@@ -248,6 +264,19 @@ def _add_norm_gradients(sums, gradient, z, mean, rstd, scale, shift, valid):
     """Add the gradients of a BatchNorm's bias, and of its weight; `gradient` is that after the ReLU."""
     passed = tl.where(valid[:, None] & (z * scale[None, :] + shift[None, :] > 0), gradient.to(tl.float32), 0.0)
     return sums[0] + passed, sums[1] + passed * (z - mean[None, :]) * rstd[None, :]
+
+
+@triton.jit
+def head_backward(logit_gradients, weights, feature_gradients, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+                  CLASSES: tl.constexpr, EACH: tl.constexpr):
+    """The gradients of an image's features from those of its logits."""
+    image, channel = tl.program_id(0), tl.arange(0, PADDED)
+    total = tl.zeros((PADDED,), tl.float32)
+    for first in range(0, CLASSES, EACH):
+        value = first + tl.arange(0, EACH)
+        gradient = tl.load(logit_gradients + image * CLASSES + value, mask=value < CLASSES, other=0.0)
+        total += tl.sum(_load_head(weights, first, channel, CHANNELS, CLASSES, EACH) * gradient[:, None], 0)
+    tl.store(feature_gradients + image * CHANNELS + channel, total, mask=channel < CHANNELS)
 
 
 @triton.jit

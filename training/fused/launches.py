@@ -12,15 +12,21 @@ from training.fused import kernels
 NORM_ROWS = kernels.TAP.value + kernels.TAPS.value
 AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes, the least that memory delivers
 PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
-# Rows that a program takes at once, at most, and how Triton compiles it. At sm_90 a multiprocessor has registers for four
-# programs of FILTER, three of SUM, and two of CONVOLVE with 64 channels
-CONVOLVE, FILTER, SUM = (32, {"num_warps": 4, "num_stages": 1}), (16, {"num_warps": 4}), (64, {"num_warps": 4, "num_stages": 2})
+ENOUGH = 96  # programs that a launch has at least, if there are enough rows
+# Rows that a program takes at once, at most, and how Triton compiles it: of some 15 ways for each launch, timed by itself on an
+# H100, those that were the fastest taken together
+INPUT = (64, {"num_warps": 4, "num_stages": 1})
+SEPARABLE = (32, {"num_stages": 1})
+POINTWISE = (64, {"num_warps": 4, "num_stages": 1})
+FILTER = (16, {"num_warps": 2})
+SUM = (64, {"num_warps": 4, "num_stages": 2})
+INPUT_SUM = (64, {"num_warps": 4, "num_stages": 1})
 
 
 def _rows_each(rows: int, others: int, most: int) -> int:
-    """Rows that a program takes at once, where `others` programs share them: at most `most`, and so few that there are two
-    programs for each multiprocessor."""
-    return next((size for size in (64, 32) if size <= most and rows // size * others >= PROGRAMS // 2), 16)
+    """Rows that a program takes at once, where `others` programs share them: at most `most`, and so few that there are enough
+    programs."""
+    return next((size for size in (64, 32) if size <= most and rows // size * others >= ENOUGH), 16)
 
 
 def _programs(rows: int, each: int, others: int) -> int:
@@ -66,7 +72,7 @@ def _norm(partial: Tensor, rows: int, layer: BatchNorm2d, following: Conv2d | No
 def input_forward(images: Tensor, weight: Tensor, layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor]:
     """The first convolution of images float32 N x H x W x 3: its maps and their norm, for the depthwise convolution
     `following`."""
-    (number, height, width, _), out, (most, options) = images.shape, len(weight), CONVOLVE
+    (number, height, width, _), out, (most, options) = images.shape, len(weight), INPUT
     rows, outs = number * height * width, _part(out)
     each = _rows_each(rows, out // outs, most)
     maps = _new_maps(images, rows, out)
@@ -81,27 +87,44 @@ def separable_forward(maps_in: Tensor, norm: Tensor, size: tuple[int, int, int],
                       layer: BatchNorm2d, following: Conv2d | None) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int]]:
     """A block on maps of the size N, H, W. Returns what is between its convolutions, its maps, their norm for the depthwise
     convolution `following`, and their size."""
-    (number, height, width), (most, options) = size, CONVOLVE
+    (number, height, width), (most, options) = size, SEPARABLE
     stride, dilation, (out, channels) = depthwise.stride[0], depthwise.dilation[0], pointwise.shape[:2]
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    rows, outs, ins = number * out_height * out_width, _part(out), _part(channels)
+    rows, outs, ins, warps = number * out_height * out_width, _part(out), _part(channels), 4
+    if out % 128 == 0 and rows // most * out // 128 >= ENOUGH:  # a part more computes the depthwise convolution once more
+        outs, warps = 128, 8
     each = _rows_each(rows, out // outs, most)
     between, maps = _new_maps(maps_in, rows, channels), _new_maps(maps_in, rows, out)
     partial = norm.new_empty(_programs(rows, each, out // outs), 2, out)
     kernels.separable_forward[(len(partial), out // outs)](
         maps_in, norm, pointwise, between, maps, layer.running_mean, partial, rows,
         HEIGHT=height, WIDTH=width, OUT_HEIGHT=out_height, OUT_WIDTH=out_width, IN=channels, OUT=out, STRIDE=stride,
-        DILATION=dilation, ROWS=each, INS=ins, OUTS=outs, **options)
+        DILATION=dilation, ROWS=each, INS=ins, OUTS=outs, num_warps=warps, **options)
     return between, maps, _norm(partial, rows, layer, following), (number, out_height, out_width)
 
 
-def pool_forward(maps: Tensor, norm: Tensor, number: int) -> Tensor:
-    """The pooled features, float32 N x channels."""
-    channels = maps.shape[1]
-    features = norm.new_empty(number, channels)
-    kernels.pool_forward[(number, channels // 32)](
-        maps, norm, features, PIXELS=len(maps) // number, CHANNELS=channels, BLOCK=16)
-    return features
+def _image_at_once(channels: int) -> dict[str, int]:
+    """How many channels a program takes that has a whole image, and for how many pixels, or classes, at once."""
+    padded = triton.next_power_of_2(channels)
+    return {"CHANNELS": channels, "PADDED": padded, "EACH": max(1, 4096 // padded)}
+
+
+def pool_forward(maps: Tensor, norm: Tensor, number: int, head: Conv2d | None) -> tuple[Tensor, Tensor]:
+    """The pooled features, float32 N x channels; and the logits of the head, float32 N x classes, or none, N x 0."""
+    sizes, classes = _image_at_once(maps.shape[1]), head.out_channels if head else 0
+    features, logits = norm.new_empty(number, maps.shape[1]), norm.new_empty(number, classes)
+    weights, bias = (head.weight, head.bias) if head else (norm, norm)
+    kernels.pool_forward[(number,)](maps, norm, weights, bias, features, logits, PIXELS=len(maps) // number, CLASSES=classes,
+                                    BLOCK=min(16, sizes["EACH"]), **sizes)
+    return features, logits
+
+
+def head_backward(gradients: Tensor, head: Conv2d) -> Tensor:
+    """The gradients of the pooled features, from those of the logits, N x classes."""
+    found = gradients.new_empty(len(gradients), head.in_channels)
+    kernels.head_backward[(len(gradients),)](gradients, head.weight, found, CLASSES=head.out_channels,
+                                             **_image_at_once(head.in_channels))
+    return found
 
 
 def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float, temperature: float,
@@ -130,7 +153,7 @@ def pool_backward(feature_gradients: Tensor, maps: Tensor, norm: Tensor) -> tupl
 
 def pointwise_backward(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, pointwise: Tensor) -> Tensor:
     """The gradients of what is between a block's convolutions."""
-    rows, (out, channels), (most, options) = len(maps), pointwise.shape[:2], CONVOLVE
+    rows, (out, channels), (most, options) = len(maps), pointwise.shape[:2], POINTWISE
     outs, ins = _part(out), _part(channels)
     between_gradients, each = maps.new_empty(rows, channels), _rows_each(rows, channels // ins, most)
     kernels.pointwise_backward[(-(-rows // each), channels // ins)](
@@ -143,7 +166,7 @@ def pointwise_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tenso
                       pointwise: Tensor) -> Tensor:
     """The gradients of the pointwise weights."""
     rows, (out, channels), (each, options) = len(maps), pointwise.shape[:2], SUM
-    outs, ins = _part(out), _part(channels)
+    outs, ins = 32, _part(channels)
     parts = (out // outs, channels // ins)
     partial = norm.new_empty(_programs(rows, each, parts[0] * parts[1]), out, channels, 1, 1)
     kernels.pointwise_weights[(len(partial), *parts)](
@@ -167,7 +190,7 @@ def depthwise_backward(between_gradients: Tensor, maps_in: Tensor, norm: Tensor,
 
 def input_weights(gradients: Tensor, maps: Tensor, norm: Tensor, sums: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     """The gradients of the first convolution's weights, out x 3 x 3 x 3."""
-    (rows, out), (each, options) = maps.shape, SUM
+    (rows, out), (each, options) = maps.shape, INPUT_SUM
     partial = norm.new_empty(_programs(rows, each, out // 32), out, kernels.IMAGE_TAPS.value)
     kernels.input_weights[(len(partial), out // 32)](
         gradients, maps, norm, sums, images, partial, rows, HEIGHT=images.shape[1], WIDTH=images.shape[2], OUT=out, ROWS=each,

@@ -43,10 +43,10 @@ class _Outputs(torch.autograd.Function):
             between, *out = launches.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
             saved.append((maps, norm, size, between))
             maps, norm, size = out  # type: ignore[assignment]
-        features = launches.pool_forward(maps, norm, len(images))
+        features, logits = launches.pool_forward(maps, norm, len(images), head[0] if head else None)
         ctx.first, ctx.blocks, ctx.head, ctx.images = first, blocks, head, images
         ctx.saved, ctx.last, ctx.features = saved, (maps, norm, size), features
-        return torch.addmm(head[0].bias, features, head[0].weight.flatten(1).T) if head else features
+        return logits if head else features
 
     @staticmethod
     def backward(ctx, gradients):
@@ -59,7 +59,7 @@ class _Outputs(torch.autograd.Function):
         for head in ctx.head:
             with after_this(beside):
                 found += [gradients.sum(0), (gradients.T @ ctx.features).as_strided(head.weight.shape, head.weight.stride())]
-            gradients = gradients @ head.weight.flatten(1)
+            gradients = launches.head_backward(gradients, head)
         gradients, sums = launches.pool_backward(gradients, maps, norm)
         for (depthwise, pointwise, _), (maps_in, norm_in, size, between) in zip(
                 reversed(ctx.blocks), reversed(ctx.saved), strict=True):
