@@ -75,10 +75,10 @@ class DeviceBatches:
             made = policy(images[indices], [values[indices] for values in parameters])
             return zip(made.split(sizes), labels[indices].split(sizes), strict=True)
 
-        made = map(make, range(0, len(parts), together))
+        groups = map(make, range(0, len(parts), together))
         beside = side_stream(self.device, "batches")
         try:
-            yield from _made_ahead(made, beside) if beside else chain.from_iterable(made)
+            yield from _made_ahead(groups, beside) if beside else chain.from_iterable(groups)
         finally:  # even if not all batches were taken: what is read beside must be kept until the streams have met
             wait_for(beside)
 
@@ -97,7 +97,7 @@ def _made_ahead(parts: Iterator[Iterator[Batch]], beside: torch.cuda.Stream) -> 
             return next(parts, None)
 
     following = launch()
-    while following:
+    while following is not None:
         wait_for(beside)  # while no more than this part is launched there
         current, following = following, launch()
         yield from current

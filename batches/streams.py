@@ -1,7 +1,7 @@
 """Second streams of a GPU, for work that runs beside the training steps."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 
 import torch
@@ -24,7 +24,7 @@ def after_this(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Launch on `stream`, to run after what has been launched so far; None is the current stream."""
     if stream:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream) if stream else nullcontext():  # with None it would start CUDA
         yield
 
 

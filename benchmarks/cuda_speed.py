@@ -330,6 +330,8 @@ def main() -> None:
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # tries the parts on a CPU, writes nothing
     arguments = parser.parse_args()
+    if unknown := set(arguments.parts.split(",")) - set(PARTS):
+        parser.error(f"--parts has {', '.join(sorted(unknown))}, but may have {', '.join(PARTS)}")
     options = Options(arguments.data_dir, arguments.tiny)
     if not (options.tiny or torch.cuda.is_available()):
         sys.exit("benchmarks/cuda_speed.py measures on a CUDA GPU, and this PyTorch finds none")

@@ -133,13 +133,13 @@ def multiply_adds(width: int) -> float:
 def result_line() -> str:
     """What the network reaches, in one line, beside the most accurate of its peers."""
     ours, latency = describe_network(Net()), latencies()
-    name, peer = max(peers().items(), key=lambda item: item[1].accuracy)
+    name, peer = max(peers().items(), key=lambda item: (not item[1].required, item[1].accuracy))
     theirs = describe_network(peer.net)
     (taught, taught_std, seeds), (mean, std, count) = accuracy("best"), accuracy("strong")
     return (f"**{ours['parameters']:,} parameters, {ours['multiply_adds'] / 1e6:.2f} M multiply-adds, "
             f"{plus_minus(taught, taught_std)} % of the test images correct** (`best`, {plural(seeds, 'seed')}; `strong`, "
             f"without a teacher, {plus_minus(mean, std)}, {plural(count, 'seed')}), **{latency[OURS]} ms** an image on one CPU "
-            f"thread. The most accurate of the small networks beside it, {name}: {theirs['parameters']:,} parameters, "
+            f"thread. The most accurate of the [networks beside it](docs/inference.md), {name}: {theirs['parameters']:,} parameters, "
             f"{theirs['multiply_adds'] / 1e6:.2f} M multiply-adds, {peer.accuracy:.2f} %, {latency[name]} ms.")
 
 

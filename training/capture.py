@@ -18,7 +18,7 @@ from training.step import Forward, Loss, TrainStep
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 # Before this release a failed capture left the allocator in capture mode (pytorch #180395)
 FAILURES_END_CLEANLY = (2, 13)
-Kernels = tuple[Forward, Loss]  # what a step computes its forward pass and its loss with
+Kernels = tuple[Forward, Loss | None]  # what a step computes its forward pass and its loss with; None: its own loss
 Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them
 
 
@@ -32,7 +32,7 @@ class CapturedStep:
 
     def __init__(self, step: TrainStep, fused: Kernels | None = None) -> None:
         self.step, self.net, self.optimizer, self.fused = step, step.net, step.optimizer, fused
-        self.own: Kernels = (step.net, step.own_loss)
+        self.own: Kernels = (step.net, None)
         self.metrics, self.device, self.processes = step.metrics, step.device, step.processes
         self.note = ""
         self.first_done = 0.0
@@ -65,7 +65,8 @@ class CapturedStep:
             with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
                 _warm_up(lambda: self.step(*inputs), WARM_UP, self.device)  # what fails here would fail uncaptured too
                 reason = self._capture(*inputs, self.own) or self._check(*inputs)
-                if self.fused and not reason and len(labels) == next(iter(self.recordings))[0]:  # the first batch is full
+                full = next(iter(self.recordings), images.shape)[0]  # of images: each epoch begins with a full batch
+                if self.fused and not reason and len(labels) == full:
                     self.kernels, reason = self._try_fused(*inputs, self.fused)
         finally:
             with torch.no_grad():

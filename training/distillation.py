@@ -42,7 +42,7 @@ class Distillation:
 
 
 def _frozen(teacher: nn.Module) -> nn.Module:
-    """The network for predictions only, with the weights that autocast would cast in each step cast once."""
+    """The network for predictions only, changed in place: the weights that autocast would cast in each step are cast once."""
     for layer in teacher.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear) and has_bfloat16(layer.weight.device):
             for parameter in layer.parameters():

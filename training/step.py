@@ -24,8 +24,8 @@ class TrainStep:
     def __init__(self, net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device,
                  label_smoothing: float, distillation: Distillation | None = None, processes: Processes = ALONE) -> None:
         self.net, self.optimizer, self.device = net, optimizer, device
-        self.forward: Forward = net      # or what computes the same by other kernels,
-        self.loss: Loss = self.own_loss  # and likewise
+        self.forward: Forward = net  # or what computes the same by other kernels
+        self.loss: Loss | None = None  # likewise, in place of own_loss
         self.label_smoothing, self.distillation = label_smoothing, distillation
         self.metrics, self.autocast, self.processes = Metrics(device, processes), autocast(device), processes
         self.note = ""  # how steps run, for the log; a batch of a new size may change it
@@ -45,7 +45,7 @@ class TrainStep:
             logits = self.forward(images)
             if taught:
                 wait_for(side_stream(self.device))
-            loss = self.loss(logits, labels, taught)
+            loss = (self.loss or self.own_loss)(logits, labels, taught)
         self.optimizer.zero_grad()
         # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
         # differ in size

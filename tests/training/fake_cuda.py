@@ -109,12 +109,12 @@ class Memory:
 
 
 class Streams(TorchDispatchMode):
-    """Two stand-ins for streams, and what races there: launches on the same memory in both, of which the later one doesn't wait
-    for the other."""
+    """Stand-ins for the main stream and the second ones, and what races there: launches on the same memory in two of them, of
+    which the later one doesn't wait for the other."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.main, self.beside = Stream(), Stream()
+        self.main, self.steps, self.batches = Stream(), Stream(), Stream()
         self.current = self.main
         self.memory: dict[int, Memory] = {}
         self.races: list[str] = []
@@ -161,11 +161,11 @@ class Streams(TorchDispatchMode):
 
 
 @contextmanager
-def two_streams() -> Iterator[Streams]:
-    """Within fake_cuda: there is a second stream, for all kinds of work, and what is launched in the body is looked at."""
+def second_streams() -> Iterator[Streams]:
+    """Within fake_cuda: there is a second stream for each kind of work, and what is launched in the body is looked at."""
     with ExitStack() as stack:
         streams = Streams()
-        for place, name, stand_in in ((streams_module, "_stream", lambda device, work: streams.beside),
+        for place, name, stand_in in ((streams_module, "_stream", lambda index, work: getattr(streams, work)),
                                       (torch.cuda, "current_stream", lambda device: streams.current),
                                       (torch.cuda, "stream", streams.switch)):
             stack.enter_context(mock.patch.object(place, name, stand_in))
@@ -265,7 +265,7 @@ def fake_cuda(bfloat16: bool = True) -> Iterator[list[tuple]]:
                 (FakeTensor, "tolist", read),
                 (torch.Tensor, "pin_memory", lambda tensor: tensor),
                 (torch.random, "fork_rng", lambda *_: nullcontext()),
-                (streams_module, "_stream", lambda device, work: None),  # see two_streams
+                (streams_module, "_stream", lambda index, work: None),  # see second_streams
                 (epoch.time, "monotonic", lambda: 0.0)):  # nobody looks at the bar
             stack.enter_context(mock.patch.object(place, name, stand_in))
         yield reads

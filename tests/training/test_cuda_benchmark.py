@@ -10,14 +10,15 @@ from conftest import ROOT
 
 from benchmarks import cuda_speed
 
-BENCHMARK = [sys.executable, str(ROOT / "benchmarks" / "cuda_speed.py")]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
-def test_without_cuda_it_says_so_in_one_line():
-    done = subprocess.run(BENCHMARK, capture_output=True, text=True)
+@pytest.mark.parametrize("name", ["cuda_speed", "fused_launches"])
+def test_without_cuda_it_says_so_in_one_line(name):
+    done = subprocess.run([sys.executable, BENCHMARKS / f"{name}.py"], capture_output=True, text=True)
     assert done.returncode == 1
-    assert (done.stdout, done.stderr) == ("", "benchmarks/cuda_speed.py measures on a CUDA GPU, and this PyTorch finds none\n")
+    assert (done.stdout, done.stderr) == ("", f"benchmarks/{name}.py measures on a CUDA GPU, and this PyTorch finds none\n")
 
 
 def test_a_part_runs_on_the_cpu():

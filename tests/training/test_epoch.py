@@ -1,7 +1,9 @@
 """An epoch is the plain loop; an evaluation changes nothing; a wrong output is named."""
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -37,6 +39,19 @@ def net_and_optimizer():
 def run_epoch(step: TrainStep, batches, learning_rate=lambda images: 0.05) -> Result:
     with tqdm(disable=True) as bar:
         return train_epoch(step, batches, learning_rate, bar)
+
+
+def test_a_step_frees_its_network_at_once():
+    """So that a sweep's next run finds the GPU's memory free."""
+    net, optimizer = net_and_optimizer()
+    step, freed = TrainStep(net, optimizer, CPU, 0.0), []
+    weakref.finalize(net, freed.append, True)
+    gc.disable()
+    try:
+        del net, optimizer, step
+        assert freed
+    finally:
+        gc.enable()
 
 
 def test_an_epoch_is_the_plain_loop(batches):

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda, two_streams
+from fake_cuda import CUDA, Launches, fake_cuda, second_streams, to_fake_cuda
 from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
@@ -144,17 +144,6 @@ def test_the_check_of_a_networks_output_runs_there_too():
     assert (reads, launches.waits, launches.mixed) == ([], [], [])
 
 
-@pytest.mark.parametrize("capture", ["on", "off"])
-def test_cudnn_never_searches_for_its_fastest_kernels(capture):
-    config, searched = Config(batches="device", capture=capture), set()
-    with fake_cuda():
-        step, batches = fake_step(config), fake_batches(config)
-        step.net.register_forward_pre_hook(lambda net, inputs: searched.add(torch.backends.cudnn.benchmark))
-        run_epoch(step, batches)
-        evaluate(step.net, batches.in_order("test"), CUDA)
-    assert searched == {False}
-
-
 # ---------------------------------------------------------------- how much is launched
 
 def test_a_step_launches_no_more_than_it_needs():
@@ -225,8 +214,8 @@ def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
 
 def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(monkeypatch):
     monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
-    with fake_cuda(), two_streams() as streams:
-        batches, main, beside = fake_batches(Config(batches="device", batch_size=32), train=300), streams.main, streams.beside
+    with fake_cuda(), second_streams() as streams:
+        batches, main, beside = fake_batches(Config(batches="device", batch_size=32), train=300), streams.main, streams.batches
         for epoch in (0, 1):
             before, launched, waited_for, parts = beside.launched, [], [], []
             for images, labels in batches.shuffled("train", epoch):
@@ -247,7 +236,7 @@ def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(m
 
 def test_an_epoch_that_ends_early_frees_nothing_that_is_read_beside(monkeypatch):
     monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
-    with fake_cuda(), two_streams() as streams:
+    with fake_cuda(), second_streams() as streams:
         batches = fake_batches(Config(batches="device", batch_size=32))
         for epoch in (0, 1):
             next(batches.shuffled("train", epoch))
@@ -258,33 +247,44 @@ def test_an_epoch_that_ends_early_frees_nothing_that_is_read_beside(monkeypatch)
 @pytest.mark.parametrize("captured", ["on", "off"])
 def test_teachers_predict_beside_the_network_that_learns(captured):
     beside_done = []
-    with fake_cuda(), two_streams() as streams:
+    with fake_cuda(), second_streams() as streams:
         config = Config(batches="device", batch_size=32, capture=captured)
         step, batches = fake_step(config, distill=True), fake_batches(config)
         step.net.register_forward_hook(
-            lambda *_: beside_done.append(streams.main.done[streams.beside] == streams.beside.launched))
+            lambda *_: beside_done.append(streams.main.done[streams.steps] == streams.steps.launched))
         for images, labels in batches.shuffled("train", 0):
             step(images, labels)
     assert set(beside_done) == {False}
     assert streams.races == []
 
 
-def test_races_of_two_streams_are_seen():
-    with fake_cuda(), two_streams() as streams:
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_teachers_keep_the_weights_that_they_compute_with(bfloat16):
+    """In bfloat16 those that autocast would cast in each step."""
+    with fake_cuda(bfloat16=bfloat16):
+        [teacher] = Distillation([to_fake_cuda(Net())], 0.9, 4.0).teachers
+    for layer in teacher.modules():
+        for parameter in layer.parameters(recurse=False):
+            cast = bfloat16 and isinstance(layer, torch.nn.Conv2d)
+            assert parameter.dtype == (torch.bfloat16 if cast else torch.float32)
+
+
+def test_races_of_streams_are_seen():
+    with fake_cuda(), second_streams() as streams:
         ones = torch.ones(3, device=CUDA)
-        with torch.cuda.stream(streams.beside):
+        with torch.cuda.stream(streams.steps):
             doubled = 2 * ones
         doubled.sum()
         ones.zero_()
         assert streams.races == ["mul reads", "sum reads", "zero_ writes"]
         del doubled, streams.races[:]
-        with torch.cuda.stream(streams.beside):
+        with torch.cuda.stream(streams.steps):
             2 * torch.ones(3, device=CUDA)
         assert streams.races == ["freed"]
-        streams.beside.wait_stream(streams.main)
-        with torch.cuda.stream(streams.beside):
+        streams.steps.wait_stream(streams.main)
+        with torch.cuda.stream(streams.steps):
             doubled = 2 * ones
-        streams.main.wait_stream(streams.beside)
+        streams.main.wait_stream(streams.steps)
         doubled.sum()
         ones.zero_()
     assert streams.races == ["freed"]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import geometric_mean
@@ -13,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fake_cuda import CUDA, fake_cuda, to_fake_cuda
+from fake_cuda import CUDA, fake_cuda, second_streams, to_fake_cuda
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +22,7 @@ from model import Net, separable
 
 triton = pytest.importorskip("triton")
 
+from benchmarks import fused_launches  # noqa: E402
 from training.distillation import Distillation  # noqa: E402
 from training.fused import network  # noqa: E402
 from training.fused.loss import fused_loss  # noqa: E402
@@ -48,7 +50,15 @@ def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
 
 # ---------------------------------------------------------------- which networks they can compute
 
-@pytest.mark.parametrize("net", [Net(), Net(width=2), Net(num_classes=3, dropout=0.1)], ids=["Net", "width 2", "dropout"])
+def changed(change) -> Net:
+    net = Net()
+    change(net)
+    return net
+
+
+@pytest.mark.parametrize("net", [
+    Net(), Net(width=2), Net(num_classes=3, dropout=0.1),
+    changed(lambda net: nn.utils.parametrizations.weight_norm(net.head[1]))], ids=["Net", "width 2", "dropout", "weight norm"])
 def test_every_parameter_gets_a_gradient_in_its_own_memory_order(monkeypatch, net):
     """Seen before autograd copies a gradient of another order."""
     net, gradients = net.to("meta", memory_format=torch.channels_last), {}
@@ -58,7 +68,7 @@ def test_every_parameter_gets_a_gradient_in_its_own_memory_order(monkeypatch, ne
     parameters = dict(net.named_parameters())
     assert gradients.keys() == parameters.keys()
     assert all(gradients[name].stride() == parameter.stride() for name, parameter in parameters.items()
-               if net.head[1:-1] == nn.Sequential() or not name.startswith("head."))  # behind dropout they are PyTorch's
+               if type(net.head[1]) is nn.Conv2d or not name.startswith("head."))  # those of another head are PyTorch's
 
 
 class Doubled(Net):
@@ -88,12 +98,6 @@ def test_a_network_in_evaluation_mode_is_fused_as_it_trains(monkeypatch):
 def test_maps_too_large_for_32_bits_are_refused():
     with pytest.raises(ValueError, match="too large for the fused kernels"):
         fuse(Net().to("meta", memory_format=torch.channels_last))(torch.empty(2**16, 3, 32, 32, device="meta"))
-
-
-def changed(change) -> Net:
-    net = Net()
-    change(net)
-    return net
 
 
 @pytest.mark.parametrize("net", [
@@ -140,6 +144,25 @@ def test_a_step_takes_few_launches(monkeypatch):
     assert len(launches(monkeypatch, Net(), 128)) <= 65  # PyTorch's eager step has 537 on an H200, with the optimizer
 
 
+def test_the_benchmark_times_each_launch_with_other_settings(monkeypatch):
+    ran = []
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run",
+                        lambda self, *args, grid, warmup, **options: ran.append((self.__name__, options)))
+    calls = fused_launches.recorded(32, "meta")
+    times = Counter(name for name, _ in calls)
+    assert [times[name] for names, _ in fused_launches.TRIED.values() for name in names] == [1, 8, 8, 8, 1, 8, 1]
+    for setting, (names, ways) in fused_launches.TRIED.items():
+        for way in ways:
+            monkeypatch.setattr(network.launches, setting, way)
+            for name, arguments in calls:
+                if name in names:
+                    del ran[:]
+                    getattr(network.launches, name)(*arguments)
+                    assert ran[0][0] == name
+                    assert ran[0][1]["ROWS"] <= max(16, way[0])
+                    assert ran[0][1]["num_stages"] == way[1]["num_stages"]
+
+
 class FakeStream:
     """Stands for a CUDA stream. Notes whether what it has read was still there when another stream waited for it."""
 
@@ -147,6 +170,14 @@ class FakeStream:
 
     def wait_stream(self, other: "FakeStream") -> None:
         FakeStream.waits.append((self, other, all(reference() is not None for reference in other.reads)))
+
+
+def backward_node(logits: torch.Tensor):
+    """The kernels' backward pass."""
+    node = logits.grad_fn
+    while type(node).__name__ != "_OutputsBackward":
+        node = node.next_functions[0][0]
+    return node
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
@@ -173,13 +204,23 @@ def test_weights_gradients_are_computed_beside_from_memory_that_is_kept(monkeypa
     monkeypatch.setattr(network, "side_stream", lambda device: beside)
     with fake_cuda():
         images = torch.empty(2, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
-        node = fuse(to_fake_cuda(Net()))(images).grad_fn
-        while type(node).__name__ != "_OutputsBackward":
-            node = node.next_functions[0][0]
-        node.apply(torch.empty(2, 10, device=CUDA))
+        backward_node(fuse(to_fake_cuda(Net()))(images)).apply(torch.empty(2, 10, device=CUDA))
     assert launched.count(("pointwise_weights", beside)) == launched.count(("sum_programs", beside)) == 8
     assert [stream for name, stream in launched if name not in ("pointwise_weights", "sum_programs")].count(beside) == 0
     assert FakeStream.waits == [(beside, main, True)] * 9 + [(main, beside, True)]  # of the head, too
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA")
+@pytest.mark.filterwarnings("ignore")
+def test_the_heads_gradients_are_computed_beside_from_memory_that_is_kept(monkeypatch):
+    """PyTorch computes them; a gradient that is not contiguous is copied first."""
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None)
+    with fake_cuda(), second_streams() as streams:
+        images = torch.empty(2, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
+        backward_node(fuse(to_fake_cuda(Net()))(images)).apply(torch.ones((), device=CUDA).expand(2, 10))
+        assert streams.steps.launched > 0
+        torch.ones(20, device=CUDA)  # which takes what is free
+    assert streams.races == []
 
 
 @pytest.mark.slow

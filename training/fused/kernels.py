@@ -226,8 +226,9 @@ def _load_logits(logits, row, valid, CLASSES: tl.constexpr, PADDED: tl.constexpr
 @triton.jit
 def softmax_loss(logits, labels, teachers, loss, gradients, sums, rows, smoothing, share, temperature,
                  CLASSES: tl.constexpr, PADDED: tl.constexpr, TEACHERS: tl.constexpr, ROWS: tl.constexpr):
-    """The loss of training/step.py and training/distillation.py, its gradients for the logits, and the metrics' sums: those of
-    the loss and of correct predictions. `teachers`: the logits of TEACHERS networks. One program, so sums have one order."""
+    """The loss of training/step.py and training/distillation.py, and its gradients for the logits, rows x classes. Adds the
+    batch to the metrics' two sums, of the loss and of correct predictions. `teachers`: the logits of TEACHERS networks, each
+    rows x classes. One program, so sums have one order."""
     value = tl.arange(0, PADDED)
     total, right = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
     for start in range(0, rows, ROWS):

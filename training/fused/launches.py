@@ -13,8 +13,8 @@ NORM_ROWS = kernels.TAP.value + kernels.TAPS.value
 AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes, the least that memory delivers
 PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
 ENOUGH = 96  # programs that a launch has at least, if there are enough rows
-# Rows that a program takes at once, at most, and how Triton compiles it: of some 15 ways for each launch, timed by itself on an
-# H100, those that were the fastest taken together
+# Rows that a program takes at once, at most, and how Triton compiles it: of some 15 ways for each launch on an H100, each
+# timed by itself, those with the least sum (docs/speed.md tells them). benchmarks/fused_launches.py times others
 INPUT = (64, {"num_warps": 4, "num_stages": 1})
 SEPARABLE = (32, {"num_stages": 1})
 POINTWISE = (64, {"num_warps": 4, "num_stages": 1})
@@ -129,7 +129,8 @@ def head_backward(gradients: Tensor, head: Conv2d) -> Tensor:
 
 def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float, temperature: float,
                  sums: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss on logits float32 N x classes and its gradients for them; adds the batch to the metrics' `sums`."""
+    """The mean loss on logits float32 N x classes, with labels int64 N and the logits of each teacher, N x classes, and its
+    gradients, N x classes. Adds the batch to the metrics' `sums`, float32 2."""
     (rows, classes), padded = logits.shape, triton.next_power_of_2(logits.shape[1])
     loss, gradients = logits.new_empty(()), torch.empty_like(logits)
     taught = torch.stack(list(teachers)) if len(teachers) > 1 else teachers[0].contiguous() if teachers else logits

@@ -11,8 +11,8 @@ class _SoftmaxLoss(torch.autograd.Function):
     """What launches.softmax_loss computes."""
 
     @staticmethod
-    def forward(ctx, logits, *arguments):
-        loss, ctx.gradients = launches.softmax_loss(logits.contiguous(), *arguments)
+    def forward(ctx, logits, labels, teachers, smoothing, share, temperature, sums):
+        loss, ctx.gradients = launches.softmax_loss(logits.contiguous(), labels, teachers, smoothing, share, temperature, sums)
         return loss
 
     @staticmethod

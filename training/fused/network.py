@@ -18,22 +18,22 @@ class Chain(nn.Module):
         """`layers`: first the convolution and its BatchNorm, then of each block the depthwise and the pointwise convolution and
         BatchNorm."""
         super().__init__()
-        self.layers, self.head = layers, [head] if head else []  # in lists, as the network has them already
-        self.parameters_in_order = [parameter for each in [*layers, self.head] for layer in each
+        self.layers, self.heads = layers, [head] if head else []  # in lists, as the network has them already
+        self.parameters_in_order = [parameter for each in [*layers, self.heads] for layer in each
                                     for parameter in layer.parameters()]
 
     def forward(self, images: Tensor) -> Tensor:
         """The pooled features or, from the last convolution, logits, float32 N x channels x 1 x 1, of images float32
         N x 3 x H x W in channels_last memory."""
-        return _Outputs.apply(images, self.layers, self.head, *self.parameters_in_order)[:, :, None, None]
+        return _Outputs.apply(images, self.layers, self.heads, *self.parameters_in_order)[:, :, None, None]
 
 
 class _Outputs(torch.autograd.Function):
     """What a Chain computes, and its gradients. Keeps of each block its input and what is between its convolutions."""
 
     @staticmethod
-    def forward(ctx, images, layers, head, *parameters):
-        """The features or logits, N x channels. `parameters` are those of `layers` and `head`, passed so that autograd returns
+    def forward(ctx, images, layers, heads, *parameters):
+        """The features or logits, N x channels. `parameters` are those of `layers` and `heads`, passed so that autograd returns
         their gradients."""
         images, ((first, first_norm), *blocks) = images.permute(0, 2, 3, 1), layers
         depthwises = [depthwise for depthwise, _, _ in blocks] + [None]
@@ -43,20 +43,20 @@ class _Outputs(torch.autograd.Function):
             between, *out = launches.separable_forward(maps, norm, size, depthwise, pointwise.weight, layer, following)
             saved.append((maps, norm, size, between))
             maps, norm, size = out  # type: ignore[assignment]
-        features, logits = launches.pool_forward(maps, norm, len(images), head[0] if head else None)
-        ctx.first, ctx.blocks, ctx.head, ctx.images = first, blocks, head, images
+        features, logits = launches.pool_forward(maps, norm, len(images), heads[0] if heads else None)
+        ctx.first, ctx.blocks, ctx.heads, ctx.images = first, blocks, heads, images
         ctx.saved, ctx.last, ctx.features = saved, (maps, norm, size), features
-        return logits if head else features
+        return logits if heads else features
 
     @staticmethod
     def backward(ctx, gradients):
-        """None for images, layers and head, and the gradients of the parameters in their order."""
+        """None for images, layers and heads, and the gradients of the parameters in their order."""
         found = []  # from the last parameter to the first
         (maps, norm, out_size), gradients = ctx.last, gradients.contiguous()
         read_beside = [gradients]  # kept until the streams have met, so that nothing is written over them
         beside = side_stream(maps.device) if maps.is_cuda else None
         # Of weights' gradients in the other stream: only the optimizer needs them, so the other gradients don't wait
-        for head in ctx.head:
+        for head in ctx.heads:
             with after_this(beside):
                 found += [gradients.sum(0), (gradients.T @ ctx.features).as_strided(head.weight.shape, head.weight.stride())]
             gradients = launches.head_backward(gradients, head)
@@ -163,7 +163,7 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 
 def _is_head(layer: nn.Module) -> bool:
     """Whether it can follow the pooling in a Chain; a pointwise convolution of a block has no bias."""
-    return (isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
+    return (type(layer) is nn.Conv2d and layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
             and layer.groups == 1 and layer.bias is not None)
 
 
