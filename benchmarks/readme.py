@@ -139,8 +139,9 @@ def result_line() -> str:
     return (f"**{ours['parameters']:,} parameters, {ours['multiply_adds'] / 1e6:.2f} M multiply-adds, "
             f"{plus_minus(taught, taught_std)} % of the test images correct** (`best`, {plural(seeds, 'seed')}; `strong`, "
             f"without a teacher, {plus_minus(mean, std)}, {plural(count, 'seed')}), **{latency[OURS]} ms** an image on one CPU "
-            f"thread. The most accurate of the [networks beside it](docs/inference.md), {name}: {theirs['parameters']:,} parameters, "
-            f"{theirs['multiply_adds'] / 1e6:.2f} M multiply-adds, {peer.accuracy:.2f} %, {latency[name]} ms.")
+            f"thread. The most accurate of the [networks beside it](docs/inference.md), {name}: "
+            f"{theirs['parameters']:,} parameters, {theirs['multiply_adds'] / 1e6:.2f} M multiply-adds, {peer.accuracy:.2f} %, "
+            f"{latency[name]} ms.")
 
 
 @cache
