@@ -7,7 +7,7 @@ adds up those of one function, with the sums over programs that follow. Triton c
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,27 +45,16 @@ def recorded(side: int, device: str) -> list[Call]:
     from training.fused import launches
     from training.fused.network import fuse
 
-    calls: list[Call] = []
-
-    def noting(name: str) -> Callable:
-        compute = getattr(launches, name)
-
-        def note(*arguments):
-            calls.append((name, arguments))
-            return compute(*arguments)
-
-        return note
-
     net = Net().to(device).to(memory_format=torch.channels_last)
     images = torch.empty(128, 3, side, side, device=device).normal_().to(memory_format=torch.channels_last)
     names = [name for functions, _ in TRIED.values() for name in functions]
     forward = fuse(net)
     assert forward
     with ExitStack() as patches:
-        for name in names:
-            patches.enter_context(mock.patch.object(launches, name, noting(name)))
+        wrapped = {name: patches.enter_context(mock.patch.object(launches, name, wraps=getattr(launches, name)))
+                   for name in names}
         forward(images).square().sum().backward()
-    return calls
+    return [(name, call.args) for name, function in wrapped.items() for call in function.call_args_list]
 
 
 def microseconds(name: str, arguments: tuple[Any, ...]) -> float:

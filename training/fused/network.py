@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from analysis.receptive_field import in_mode
-from batches.streams import after_this, side_stream
+from batches.streams import after_this, side_stream, wait_for
 from training.fused import launches
 
 
@@ -54,7 +54,7 @@ class _Outputs(torch.autograd.Function):
         found = []  # from the last parameter to the first
         (maps, norm, out_size), gradients = ctx.last, gradients.contiguous()
         read_beside = [gradients]  # kept until the streams have met, so that nothing is written over them
-        beside = side_stream(maps.device) if maps.is_cuda else None
+        beside = side_stream(maps.device)
         # Of weights' gradients in the other stream: only the optimizer needs them, so the other gradients don't wait
         for head in ctx.heads:
             with after_this(beside):
@@ -73,8 +73,7 @@ class _Outputs(torch.autograd.Function):
             found += [weights, filters]
             maps, norm, out_size = maps_in, norm_in, size
         found += [sums[0], sums[1], launches.input_weights(gradients, maps, norm, sums, ctx.images, ctx.first.weight)]
-        if beside:
-            torch.cuda.current_stream(maps.device).wait_stream(beside)
+        wait_for(beside)
         return None, None, None, *reversed(found)
 
 
