@@ -6,9 +6,9 @@
     python main.py --help               all settings and commands
 
 Images -> augmentation policies -> Net -> SGD -> cosine schedule -> epochs of training and testing -> logs, checkpoints,
-weights, pictures. The optimizer and the loop are here, the network is in model.py, the augmentation in batches/augmentation.py,
-the learning rate in training/schedule.py, the loss in training/step.py. Give your change a setting in config.py: `compare` and
-`sweep` tell runs apart by settings, images and network.
+weights, pictures. The loop is here, the network in model.py, the augmentation in batches/augmentation.py, the optimizer in
+training/optimizer.py, the learning rate in training/schedule.py, the loss in training/step.py. `compare`, `sweep` and
+`--resume` notice edits of these files.
 """
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
@@ -56,8 +56,9 @@ from training.machine import (
     set_determinism,
 )
 from training.metrics import Result
+from training.optimizer import make_optimizer
+from training.procedure import describe_procedure
 from training.schedule import learning_rate, policy_name
-from training.sgd import SGD
 
 NOT_MEASURED = Result(math.nan, math.nan)
 EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
@@ -96,8 +97,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     network, network_summary = describe_network(net), torch_summary(net, str(device))
     use_fast_dilated_convs(net, device)
     net = synchronize_norms(net, processes, device)
-    optimizer = SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                    weight_decay=config.weight_decay, fused=device.type == "cuda")
+    optimizer = make_optimizer(net, config, device)
     distillation = None
     if teachers:
         check_teachers(teachers, images)
@@ -107,7 +107,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
 
     # Records: what the run is, and what it leaves on disk
     machine = {"device": describe_device(device), "instruction_set": instruction_set(), **processes.describe()}
-    record = make_record(config, network, images, machine, next_number(Path(config.log_dir)),
+    record = make_record(config, network, describe_procedure(), images, machine, next_number(Path(config.log_dir)),
                          ",".join(teacher.name for teacher in teachers))
     if not processes.is_first:
         writer: RunWriter = NoWriter()

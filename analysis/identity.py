@@ -47,8 +47,21 @@ def network_identity(net: nn.Module) -> str:
         structure: list[Any] = [operation for mode in (True, False) for operation in _trace(net, mode)]
     except Exception:  # the network's code meets stand-ins for tensors, and may raise anything
         structure = [_describe_layer(net), *_sources(net)]
-    content = json.dumps([_describe_tensors(net), structure], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    return fingerprint([_describe_tensors(net), structure])
+
+
+def fingerprint(content: Any) -> str:
+    """Hash what JSON can hold, to 16 hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def plain_source(path: Path) -> str:
+    """A Python file's source without comments, docstrings and layout."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
 
 
 def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
@@ -125,12 +138,4 @@ def _sources(net: nn.Module) -> list[str]:
     for module in net.modules():
         if not type(module).__module__.startswith("torch."):
             files.add(inspect.unwrap(type(module).forward).__code__.co_filename)
-    return sorted(_plain_source(Path(file)) for file in files if Path(file).is_file())
-
-
-def _plain_source(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
+    return sorted(plain_source(Path(file)) for file in files if Path(file).is_file())

@@ -38,7 +38,7 @@ def main(data_dir: str, rounds: int, steps: int) -> str:
     """Measure; returns the text of the result."""
     program = make_program(Config(dataset="cifar10", data_dir=data_dir, batches="device", device="cpu"))
     config, images, step = program.config, program.images, program.step
-    record = make_record(config, describe_network(Net()), images, {"device": "cpu"}, 1, "")
+    record = make_record(config, describe_network(Net()), {}, images, {"device": "cpu"}, 1, "")
     a_step, a_checkpoint = [], []
     with tempfile.TemporaryDirectory(dir=".") as logs:  # on the disk that holds logs/, not on a file system in memory
         writer = start_run(replace(config, log_dir=logs), record, step.net, step.optimizer)

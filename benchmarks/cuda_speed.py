@@ -41,7 +41,7 @@ from runs.log import read_log
 from training.capture import CapturedStep, Step, fused_kernels
 from training.epoch import evaluate, train_epoch
 from training.machine import describe_device, find_device
-from training.sgd import SGD
+from training.optimizer import SGD
 from training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from model import Net
 from training.capture import Step, make_step
 from training.dilated import use_fast_dilated_convs
 from training.machine import find_device, keep_freed_memory, memory_format, seed_torch
-from training.sgd import SGD
+from training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,5 @@ def make_program(config: Config) -> Program:
     seed_torch(config.seed, 0)
     net = Net(len(images.class_names), **net_settings(vars(config))).to(device).to(memory_format=memory_format(device))
     use_fast_dilated_convs(net, device)
-    optimizer = SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-                    weight_decay=config.weight_decay, fused=device.type == "cuda")
     return Program(config, images, device, make_batches(config, images, policies, device),
-                   make_step(net, optimizer, device, config))
+                   make_step(net, make_optimizer(net, config, device), device, config))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import UserError
-from experiments.differences import differences, effective_settings, same_network, short_identity
+from experiments.differences import differences, effective_settings, procedure_of, same_network, short_identity
 from experiments.statistics import (
     LEVEL,
     Estimate,
@@ -185,7 +185,8 @@ def _same_settings(run: Run, other: Run, reference: Run) -> bool:
     if same_network(network, reference_network):  # also where it has no identity: the likeliest of those that its figures fit
         network = reference_network
     config, other_config = run.record["config"], other.record["config"]
-    return effective_settings(config) == effective_settings(other_config) and same_network(network, other_network)
+    return (effective_settings(config) == effective_settings(other_config) and same_network(network, other_network)
+            and procedure_of(run.record) == procedure_of(other.record))
 
 
 def _shared(differing: Sequence[Mapping[str, str]]) -> dict[str, str]:

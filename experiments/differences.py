@@ -1,4 +1,4 @@
-"""Differences between runs in settings and network."""
+"""Differences between runs in settings, network and training procedure."""
 
 import re
 from collections.abc import Mapping
@@ -12,6 +12,8 @@ from runs.record import Record
 # Settings without which others have no effect
 DEPENDENTS = {"affine_p": ("shift", "scale", "rotate"), "coarse_dropout_p": ("coarse_dropout_size",),
               "teacher": ("teacher_share", "temperature")}
+# The training procedure of the committed runs, and of all others that are older than its fingerprints
+COMMITTED_PROCEDURE = {"augmentation": "e00ff3a98bf042c1", "schedule": "ba6eb92b49130ebb", "training step": "bf0a55354b7c24c2"}
 FIGURES = {"parameters": "parameters", "multiply_adds": "multiply-adds", "receptive_field": "receptive field"}
 DEFAULTS = {name: field.default for name, field in SETTINGS.items()}
 
@@ -38,8 +40,14 @@ def same_network(network: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(network[name] == other[name] for name in FIGURES)
 
 
+def procedure_of(record: Record) -> dict[str, str]:
+    """The fingerprints of a run's training procedure, as training.procedure.describe_procedure gives them."""
+    return COMMITTED_PROCEDURE | record.get("procedure", {})
+
+
 def differences(record: Record, reference: Record) -> dict[str, str]:
-    """What differs in the settings and the network of a run from those of the `reference` run, by name."""
+    """What differs in the settings, the network and the training procedure of a run from those of the `reference` run, by
+    name."""
     ours = effective_settings(record["config"])
     theirs = DEFAULTS | reference["config"] | effective_settings(reference["config"])  # also those without effect there
     found = {name: printable(str(value)) for name, value in ours.items() if value != theirs.get(name)}
@@ -54,7 +62,8 @@ def differences(record: Record, reference: Record) -> dict[str, str]:
     recorded = "identity" in network and "identity" in their_network
     if recorded and network["identity"] != their_network["identity"] and not (resized or "dropout" in found):
         found["network"] = short_identity(network)
-    return found
+    theirs = procedure_of(reference)
+    return found | {name: printable(value[:8]) for name, value in procedure_of(record).items() if value != theirs.get(name)}
 
 
 def short_identity(network: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from analysis.identity import describe_network
 from config import Config, UserError, net_settings
 from experiments.claims import claim
-from experiments.differences import effective_settings, same_network
+from experiments.differences import effective_settings, procedure_of, same_network
 from images.dataset import Images
 from images.loading import load_images, resolve_dataset
 from model import Net
@@ -22,6 +22,7 @@ from runs.record import Record, read_record
 from runs.resuming import LOCK, MOVABLE, load_unfinished
 from runs.weights import find_teachers
 from training.errors import Diverged
+from training.procedure import describe_procedure
 
 Train = Callable[..., Path]  # main.train
 
@@ -45,17 +46,20 @@ class PlannedRun:
     settings: dict[str, Any]  # those that tell runs apart, as config.json will have them
     fingerprint: str  # of the images
     network: dict[str, Any]  # as config.json will have it
+    procedure: dict[str, str]  # likewise
 
     @property
     def key(self) -> str:
         """A hash that is equal for planned runs that are the same run."""
-        content = json.dumps([self.settings, self.config.seed, self.fingerprint, self.network["identity"]], sort_keys=True)
+        content = json.dumps([self.settings, self.config.seed, self.fingerprint, self.network["identity"], self.procedure],
+                             sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:32]
 
     def matches(self, record: Record) -> bool:
         """Whether `record` is that of this run."""
         return (record["config"]["seed"] == self.config.seed and record["dataset"]["sha256"] == self.fingerprint
-                and effective_settings(record["config"]) == self.settings and same_network(record["network"], self.network))
+                and effective_settings(record["config"]) == self.settings and same_network(record["network"], self.network)
+                and procedure_of(record) == self.procedure)
 
 
 def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
@@ -68,11 +72,12 @@ def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
     images = load_images(configs[0].dataset, configs[0].data_dir)
     fingerprints = {count: images.hold_out(count).fingerprint for count in {config.validation for config in configs}}
     describe = cache(lambda *size: describe_network(Net(len(images.class_names), **dict(size))))
+    procedure = describe_procedure()
     varied = [name for name in vars(configs[0]) if name != "seed" and len({getattr(config, name) for config in configs}) > 1]
     plan = [PlannedRun(
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
         effective_settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
-        fingerprints[config.validation], describe(*net_settings(vars(config)).items())) for config in configs]
+        fingerprints[config.validation], describe(*net_settings(vars(config)).items()), procedure) for config in configs]
     return plan, images
 
 

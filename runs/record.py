@@ -42,16 +42,17 @@ class Run:
     summary: dict[str, Any] | None
 
 
-def make_record(config: Config, network: Mapping[str, Any], images: Images, machine: Mapping[str, Any], number: int,
-                teacher: str) -> Record:
-    """The content of config.json. `network` is that of analysis.identity.describe_network, `machine` has the device, the
-    instruction set, and the number of processes where there are several, `number` counts the runs of a log folder, `teacher`
-    names the teacher's weights wherever they lie."""
+def make_record(config: Config, network: Mapping[str, Any], procedure: Mapping[str, str], images: Images,
+                machine: Mapping[str, Any], number: int, teacher: str) -> Record:
+    """The content of config.json. `network` is that of analysis.identity.describe_network, `procedure` that of
+    training.procedure.describe_procedure, `machine` has the device, the instruction set, and the number of processes where
+    there are several, `number` counts the runs of a log folder, `teacher` names the teacher's weights wherever they lie."""
     mean, std = images.statistics
     return {
         "number": number,
         "config": {key: value for key, value in asdict(config).items() if key not in PATHS} | {"teacher": teacher},
         "network": dict(network),
+        "procedure": dict(procedure),
         "dataset": {"kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint,
                     "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
                     "mean": list(mean), "deviation": list(std)},
@@ -109,10 +110,12 @@ def check_record(record: object, path: Path) -> None:
     if not _matches(record, SCHEMA):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
     assert isinstance(record, dict)
+    procedure = record.get("procedure", {})  # older records have none
     keys = [*record["config"], *record["machine"], *record["versions"]]
     scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
     valid = (all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
-             and all(_is_setting(name, value) for name, value in record["config"].items()))
+             and all(_is_setting(name, value) for name, value in record["config"].items())
+             and isinstance(procedure, dict) and all(isinstance(text, str) for text in (*procedure, *procedure.values())))
     if not valid or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
 

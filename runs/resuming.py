@@ -1,4 +1,4 @@
-"""Load an unfinished run, and check that it resumes with the same settings, images and network."""
+"""Load an unfinished run, and check that it resumes with the same settings, images, network and training procedure."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ from runs.checkpoint import State, read_newest
 from runs.files import TEMPORARY, lock_file, unwritable
 from runs.finding import CHECKPOINT, find_unfinished
 from runs.record import MODEL, Record
+from training.procedure import FILES, describe_procedure
 
 LOCK = ".lock"
 # settings that may differ when a run is resumed
@@ -70,6 +71,7 @@ def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
     folder = find_unfinished(Path(given.get("log_dir", Config.log_dir)), name)
     lock = lock_run(folder)
     state, notes = read_newest(folder)
+    check_procedure(folder, state["record"])
     config = restore_config(state["record"]["config"], state["places"], folder)
     for setting, value in given.items():
         resolved = setting in ("dataset", "batches") and value == "auto"  # as which the run may have been started
@@ -81,6 +83,14 @@ def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:
         changed["log_dir"] = str(folder.parent.parent)  # the copies of the logs belong above the run
     _tidy(folder, damaged=bool(notes))
     return Unfinished(folder, replace(config, **changed), state, notes, lock)
+
+
+def check_procedure(folder: Path, record: Record) -> None:
+    """Raise UserError where the program trains otherwise than it did when `record`, of the run in `folder`, was made."""
+    for name, now in describe_procedure().items():
+        if record.get("procedure", {}).get(name, now) != now:
+            raise UserError(f"run {folder.name} began with another {name}: undo the edits made since in "
+                            f"{' and '.join(FILES[name])}, or start a new run")
 
 
 def restore_config(settings: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> Config:

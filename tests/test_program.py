@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas
 import pytest
 import torch
-from conftest import ROOT, SMALL, at_epoch, figures, one_line, only_run, raising, start_program, synthetic, weights_of
+from conftest import ROOT, SMALL, at_epoch, edit, figures, one_line, only_run, raising, start_program, synthetic, weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ from runs.finding import find_runs
 from runs.log import read_log
 from runs.record import read_run
 from training.metrics import Result
-from training.sgd import SGD
+from training.optimizer import SGD
 
 # the learning rates that the design fixes, by epoch
 RATES = {0: "0.010000", 10: "0.009619", 20: "0.008536", 30: "0.006914", 40: "0.005001", 50: "0.003087", 60: "0.001465",
@@ -364,18 +364,18 @@ def test_the_test_images_are_not_augmented(run, monkeypatch):
 
 @pytest.mark.parametrize("change", ["optimizer", "per step"])
 def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, tmp_path, monkeypatch, change):
-    """What a user would edit in main.py, or in training/schedule.py; the resumed run is the one never interrupted."""
+    """What a user would edit in training/optimizer.py or training/schedule.py; the resumed run is the one never interrupted."""
     if change == "optimizer":
-        def adamw(parameters, lr, momentum, nesterov, weight_decay, fused):
-            return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused)
+        def adamw(net, config, device):
+            return torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)
 
-        monkeypatch.setattr(main, "SGD", adamw)
+        edit(monkeypatch, "make_optimizer", adamw)
     else:
         def one_cycle(config, epoch: float) -> float:
             done = epoch / config.epochs
             return config.lr * (done / 0.3 if done < 0.3 else (1 - done) / 0.7)
 
-        monkeypatch.setattr(main, "learning_rate", one_cycle)
+        edit(monkeypatch, "learning_rate", one_cycle)
     assert run("--epochs", "3", "--log-dir", tmp_path / "whole")[0] == 0
     with monkeypatch.context() as patch:
         at_epoch(patch, 1, raising(KeyboardInterrupt()))

@@ -17,7 +17,8 @@ NOISE = (0.1, -0.2, 0.1)
 
 
 def make_finished(log_dir: Path, accuracy: float, seed: int = 0, *, network: dict | None = None, dataset: dict | None = None,
-                  validation: int = 0, epochs: int = 80, name: str = "", stem: str = "2026-01-01_00-00-00", **changes) -> Path:
+                  procedure: dict | None = None, validation: int = 0, epochs: int = 80, name: str = "",
+                  stem: str = "2026-01-01_00-00-00", **changes) -> Path:
     """Make the folder of a finished run in log_dir/runs, like the reference but for what is given. A key of `network` that is
     "absent" is left out."""
     reference = read_run(REFERENCE)
@@ -25,6 +26,7 @@ def make_finished(log_dir: Path, accuracy: float, seed: int = 0, *, network: dic
     record["number"] = next_number(log_dir)
     record["config"] |= changes | {"name": name, "seed": seed, "validation": validation, "epochs": epochs}
     record["network"] = {key: value for key, value in (record["network"] | (network or {})).items() if value != "absent"}
+    record |= {"procedure": procedure} if procedure else {}
     record["dataset"] |= (dataset or {}) | ({"sha256": "held out", "validation": validation} if validation else {})
     rows = [dict(row) for row in reference.rows[:epochs]]
     rows[-1] |= {"test_acc": accuracy}

@@ -15,7 +15,7 @@ from made_up_runs import NOISE, compared, group_of, make_finished
 from scipy import stats
 
 from experiments.comparison import SettingGroup, Table, compare_groups, make_tables, read_finished
-from experiments.differences import effective_settings
+from experiments.differences import COMMITTED_PROCEDURE, effective_settings
 from experiments.report import as_csv, as_text
 from runs.files import write
 from runs.finding import find_runs
@@ -134,6 +134,18 @@ def test_a_network_that_computes_the_same_is_the_same(make, tmp_path):
     assert group_of(table).seeds == [0, 1, 2]
     assert group_of(table, network="fedcba98").seeds == [3]
     assert group_of(table, receptive_field="63").seeds == [4]
+
+
+def test_an_edited_procedure_is_known_by_its_fingerprints(make, tmp_path):
+    """A run from before they were kept has the published ones, and so has the reference."""
+    make(85, 1, procedure=COMMITTED_PROCEDURE)
+    make(85, 2)
+    make(85, 3, procedure=COMMITTED_PROCEDURE | {"augmentation": "0123456789abcdef"})
+    make(85, 4, procedure=COMMITTED_PROCEDURE | {"training step": "fedcba9876543210"}, nesterov=True)
+    [table] = compared(tmp_path)
+    assert group_of(table).seeds == [0, 1, 2]
+    assert group_of(table, augmentation="01234567").seeds == [3]
+    assert group_of(table, nesterov="True", training_step="fedcba98").seeds == [4]
 
 
 def test_a_network_setting_explains_another_identity(make, tmp_path):

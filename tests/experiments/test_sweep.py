@@ -2,13 +2,16 @@
 
 import dataclasses
 import pickle
+import re
 import time
 from pathlib import Path
 
+import albumentations as A
 import pytest
 from conftest import REFERENCE, SMALL, at_epoch, figures, one_line, raising, start_program, synthetic, weights_of
 
 from analysis.identity import describe_network
+from batches import making
 from commands.parser import parse
 from config import Config, UserError
 from experiments import sweep as sweep_module
@@ -75,7 +78,8 @@ def test_the_key_is_that_of_the_run_and_not_of_how_it_is_made(configs, monkeypat
         [], ["--name", "again", "--batches", "workers", "--tensorboard"]))
     others = [planned_runs(configs("--seeds", "2", "--epochs", "3", *more))[0] for more in (
         ["--validation", "9"], ["--lr", "0.02"], ["--dropout", "0.1"])]
-    others.append(dataclasses.replace(one, fingerprint="of other images"))
+    others += [dataclasses.replace(one, fingerprint="of other images"),
+               dataclasses.replace(one, procedure=one.procedure | {"schedule": "edited"})]
     monkeypatch.setattr(sweep_module, "describe_network", lambda net: describe_network(net) | {"identity": "edited"})
     others += planned_runs(configs("--seeds", "2", "--epochs", "3"))
     assert same.key == one.key
@@ -89,6 +93,7 @@ def test_a_run_is_found_by_settings_seed_images_and_network(configs):
     assert find_matching_run(other_seed) is None
     for changed in (dataclasses.replace(one, fingerprint="others"),
                     dataclasses.replace(one, network=one.network | {"identity": "edited"}),
+                    dataclasses.replace(one, procedure=one.procedure | {"augmentation": "edited"}),
                     dataclasses.replace(one, settings=one.settings | {"lr": 0.5})):
         assert find_matching_run(changed) is None
 
@@ -241,6 +246,16 @@ def test_a_sweep_goes_on_where_it_was_interrupted(sweep, tmp_path, monkeypatch):
     status, out, _ = sweep(*arguments)
     assert out.count("already finished: ") == 3
     assert len(find_runs(tmp_path / "logs")) == 3
+
+
+def test_an_edited_augmentation_is_another_run(sweep, tmp_path, monkeypatch):
+    assert sweep("--epochs", "1", "--seeds", "2")[0] == 0
+    train_policy = making.train_policy
+    monkeypatch.setattr(making, "train_policy", lambda *given: A.Compose(train_policy(*given).transforms[::-1]))
+    status, out, _ = sweep("--epochs", "1", "--seeds", "2")
+    assert status == 0
+    assert len(find_runs(tmp_path / "logs")) == 4
+    assert re.search(r"^augmentation [0-9a-f]{8}  +2 ", out, re.MULTILINE)
 
 
 def test_another_network_or_other_images_are_other_runs(sweep, tmp_path, monkeypatch):

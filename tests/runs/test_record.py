@@ -44,7 +44,8 @@ def test_a_damaged_config_is_named(folder, content):
     (("network", "parameters"), 1.5), (("network", "receptive_field"), "79"), (("dataset", "class_names"), "abc"),
     (("dataset", "class_names"), [1, 2]), (("dataset", "mean"), [0.5]), (("dataset", "train"), -0.5), (("notes",), "none"),
     (("notes",), [1]), (("machine", "device"), 3), (("versions",), []), (("config", "uncropped_share"), float("nan")),
-    (("config", "uncropped_share"), 1e308), (("config", "teacher"), 7), (("config", "epochs"), 10**400)])
+    (("config", "uncropped_share"), 1e308), (("config", "teacher"), 7), (("config", "epochs"), 10**400), (("procedure",), []),
+    (("procedure", "augmentation"), 7)])
 def test_wrong_types_in_config_json_are_not_believed(folder, keys, value):
     record = example_record()
     inner = record

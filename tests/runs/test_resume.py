@@ -13,11 +13,13 @@ import signal
 import subprocess
 from pathlib import Path
 
+import albumentations as A
 import pytest
 import torch
 from conftest import (
     SMALL,
     at_epoch,
+    edit,
     example_record,
     example_row,
     figures,
@@ -140,6 +142,23 @@ def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, sto
     status, _, err = run("--resume")
     assert status == 2
     assert "began with another network than model.py has now" in one_line(err)
+
+
+def test_a_run_does_not_go_on_with_another_procedure(run, tmp_path, stop_in_epoch, monkeypatch, uninterrupted):
+    """Until the edit is undone. It is told before a policy that can't run on whole batches asks for other batches."""
+    stop_in_epoch(1)
+    run("--epochs", "4", "--dropout", "0.2")
+    for name, replacement, words in (
+            ("make_policies", lambda *_: {"train": A.Compose([A.Sharpen(p=1)])}, "another augmentation: undo the edits made "
+                                                                                  "since in batches/augmentation.py,"),
+            ("make_optimizer", lambda net, *_: torch.optim.Adam(net.parameters()), "another training step: undo")):
+        with monkeypatch.context() as patch:
+            edit(patch, name, replacement)
+            status, _, err = run("--resume")
+        assert status == 2
+        assert words in one_line(err)
+    assert run("--resume")[0] == 0
+    assert weights_of(only_run(tmp_path)) == weights_of(uninterrupted)
 
 
 def test_a_running_run_is_not_resumed(run, tmp_path, stop_in_epoch):

@@ -16,7 +16,7 @@ from training.distillation import Distillation
 from training.fused import launches
 from training.fused.loss import fused_loss
 from training.fused.network import fuse
-from training.sgd import SGD
+from training.optimizer import SGD
 from training.step import TrainStep
 
 launches.PROGRAMS = 3  # so that each takes rows several times, and some once more than others

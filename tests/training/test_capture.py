@@ -16,7 +16,7 @@ from runs.record import read_record
 from training import capture
 from training.capture import CapturedStep, make_step
 from training.epoch import train_epoch
-from training.sgd import SGD
+from training.optimizer import SGD
 from training.step import TrainStep
 
 

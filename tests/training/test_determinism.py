@@ -10,7 +10,7 @@ from config import Config
 from model import Net
 from training.distillation import Distillation
 from training.epoch import evaluate, train_epoch
-from training.sgd import SGD
+from training.optimizer import SGD
 from training.step import TrainStep
 
 # Each thread writes a place of its own. Names without their underscores

@@ -22,7 +22,7 @@ from training.capture import CapturedStep, make_step
 from training.distillation import Distillation
 from training.epoch import check_output, evaluate, predict, train_epoch
 from training.metrics import Metrics
-from training.sgd import SGD
+from training.optimizer import SGD
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),

@@ -21,7 +21,7 @@ from training import machine
 from training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step, torch_version
 from training.epoch import evaluate, train_epoch
 from training.metrics import Metrics
-from training.sgd import SGD
+from training.optimizer import SGD
 from training.step import TrainStep
 
 pytestmark = pytest.mark.gpu

@@ -1,10 +1,18 @@
-"""torch.optim.SGD without the import of torch._dynamo."""
+"""The optimizer: SGD, as PyTorch has it, but without the import of torch._dynamo."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import optim
+from torch import nn, optim
+
+from config import Config
+
+
+def make_optimizer(net: nn.Module, config: Config, device: torch.device) -> optim.Optimizer:
+    """The optimizer of the network's parameters. training/schedule.py sets the learning rate of each step."""
+    return SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
+               weight_decay=config.weight_decay, fused=device.type == "cuda")
 
 
 def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.sgd import SGD
+from training.optimizer import SGD
 
 
 def trained(kind: type, settings: dict) -> tuple[list[torch.Tensor], dict]:
