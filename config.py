@@ -34,13 +34,13 @@ class Config:
     data_dir: str = setting("data", "folder with cifar-10-batches-py, or with train/<class>/* and test/<class>/*")
     batch_size: int = setting(128, "images per step", low=1, high=65536)
     validation: int = setting(0, "training images to hold out, equally many of each class, the same for every seed; choose "
-                              "settings by their accuracy: the test images are then evaluated once, after the last epoch",
+                              "settings by the accuracy on them: the test images are evaluated once, after the last epoch",
                               low=0, high=10**7)
     workers: int = setting(2, "processes that augment images (--batches workers); changes speed, never results",
                            low=0, high=256)
     batches: str = setting("auto", "where batches are made: device: whole batches, on the device that trains; workers: image "
-                           "by image, in processes; auto: device if the augmentation can run there. Random numbers differ "
-                           "between the two, their distribution does not", choices=("auto", "device", "workers"))
+                           "by image, in processes; auto: device if the augmentation can run there. The two "
+                           "draw other random numbers from the same distributions", choices=("auto", "device", "workers"))
 
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)

@@ -130,7 +130,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
 
                 with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
                     draw_pictures(net, whole, images, policies["train"], device, writer.folder)
-            print("Next: python main.py test, predict IMAGE or export; or compare, with other runs")
+            print("Next: python main.py test | predict IMAGE | export | compare")
     return writer.folder
 
 
@@ -147,8 +147,8 @@ def print_result(folder: Path) -> None:
         reference = read_run(REFERENCE)
         if reference.record["dataset"]["sha256"] == dataset and reference.rows:
             accuracy = reference.rows[-1]["test_acc"]
-            print(f"That is {final['test_acc'] - accuracy:+.2f} points from the reference run, {accuracy:.2f} % after "
-                  f"{plural(len(reference.rows), 'epoch')}")
+            print(f"That is {final['test_acc'] - accuracy:+.2f} percentage points from the reference run, {accuracy:.2f} % "
+                  f"after {plural(len(reference.rows), 'epoch')}")
     print(f"Everything is in {printable(str(folder))}")
 
 

@@ -27,8 +27,8 @@ class DeviceBatches:
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
                  device: torch.device, share_of: Callable[[int], slice] = slice) -> None:
-        """`splits` and `policies` have the same keys; `share_of` says which part of a batch of that many images to make. Raises
-        Unsupported."""
+        """`splits` and `policies` have the same keys; `share_of(n)` is the slice of a batch of n images that this process
+        makes. Raises Unsupported."""
         height, width = next(iter(splits.values())).images.shape[1:3]
         self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
         self.images, self.labels = as_tensors(splits, device)
@@ -79,7 +79,7 @@ class DeviceBatches:
         beside = side_stream(self.device, "batches")
         try:
             yield from _made_ahead(groups, beside) if beside else chain.from_iterable(groups)
-        finally:  # even if not all batches were taken: what is read beside must be kept until the streams have met
+        finally:  # even if not all batches were taken: what the other stream reads is kept until this one has waited for it
             wait_for(beside)
 
     def _to_device(self, array: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""Run an A.Compose on whole batches, in torch, on any device.
+"""Run an A.Compose on whole batches, in torch, on a CPU or a CUDA GPU.
 
 The Compose alone defines the policy: each batch transform here reads the parameters of one of its transforms. `sample` turns
 uniform random numbers into the parameters of N images; calling the transform applies them. The pixels are Albumentations' own,

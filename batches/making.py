@@ -46,8 +46,8 @@ def resolve_batches(batches: str, policies: Policies, images: Images, device: to
 
 def make_batches(config: Config, images: Images, policies: Policies, device: torch.device,
                  share_of: Callable[[int], slice] = slice) -> Batches:
-    """The batches of each policy, made as `config.batches` says: "device" or "workers". Of each, the part that `share_of` says
-    for its size; by default all."""
+    """The batches of each policy, made as `config.batches` says: "device" or "workers". `share_of(n)` is the slice of a batch
+    of n images that this process makes; by default all."""
     splits = {name: getattr(images, "train" if name == "uncropped" else name) for name in policies}
     if config.batches == "device":
         return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of)

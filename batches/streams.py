@@ -8,9 +8,10 @@ import torch
 
 
 def side_stream(device: torch.device, work: str = "steps") -> torch.cuda.Stream | None:
-    """A GPU's second stream for this kind of work, always the same one; None on other devices, which have none. Launch there
-    by `after_this`: a tensor made there can then be freed like any other, because what takes its memory runs after all that
-    was launched while it was there."""
+    """A GPU's second stream for this kind of work, always the same one; None on other devices, which have none.
+
+    Launch there by `after_this`. Tensors allocated in it then need no `record_stream`: their memory is reused only by later
+    work of that stream, which first waits for the current stream."""
     return _stream(device.index or 0, work) if device.type == "cuda" else None  # cuda is cuda:0
 
 

@@ -49,8 +49,8 @@ class WorkerBatches:
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
                  workers: int, pin_memory: bool = False, share_of: Callable[[int], slice] = slice) -> None:
-        """`splits` and `policies` have the same keys; `pin_memory` is for copies to a GPU; `share_of` says which part of a
-        batch of that many images to make."""
+        """`splits` and `policies` have the same keys; `pin_memory` is for copies to a GPU; `share_of(n)` is the
+        slice of a batch of n images that this process makes."""
         cv2.setNumThreads(0)
         self.sizes, self.batch_size, self.seed = {name: len(split) for name, split in splits.items()}, batch_size, seed
         method = _start_method() if workers else None
@@ -67,7 +67,8 @@ class WorkerBatches:
             generator=torch.Generator())  # its own: each pass would draw from torch's, which dropout draws from
 
     def shuffled(self, name: str, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch)."""
+        """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch). Images
+        float32 N x 3 x H x W in channels_last order, labels int64 N, on the CPU."""
         return self._run(name, epoch, random_stream(self.seed, ORDER, epoch).permutation(self.sizes[name]))
 
     def in_order(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:

@@ -11,8 +11,8 @@ import signal
 import sys
 
 if sys.version_info < (3, 11):
-    sys.stderr.write("error: this program needs Python 3.11 or newer, and this is Python %d.%d: make a virtual environment "
-                     "with a newer one, as the README shows\n" % sys.version_info[:2])
+    sys.stderr.write("error: this program needs Python 3.11 or newer, and this is Python %d.%d: install a newer one, "
+                     "and make a virtual environment with it\n" % sys.version_info[:2])
     sys.exit(2)
 
 import contextlib

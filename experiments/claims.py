@@ -16,7 +16,7 @@ CLAIMS = ".claims"  # the folder in `log_dir`/runs; its dot hides it from find_r
 
 @contextmanager
 def claim(log_dir: Path, key: str) -> Iterator[bool]:
-    """Claim the run called `key` for the body. Gives False where another process holds the claim.
+    """Claim the run called `key` for the body. Yields False where another process holds the claim.
 
     The claim is a lock of the system's, which ends with this process at the latest.
     """

@@ -30,7 +30,7 @@ def _aligned(table: Table) -> list[str]:
     rows = [header, *(_cells(group, accuracies) for group in table.groups)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     room = WIDTH - sum(widths) - 2 * len(widths)
-    labels = ["settings", *(_with_short_teachers(group.label) for group in table.groups)]
+    labels = ["settings", *(with_short_teachers(group.label) for group in table.groups)]
     label_width = min(room, max(map(len, labels)))
     lines = []
     for label, row in zip(labels, rows, strict=True):
@@ -40,7 +40,7 @@ def _aligned(table: Table) -> list[str]:
     return lines
 
 
-def _with_short_teachers(label: str) -> str:
+def with_short_teachers(label: str) -> str:
     """The label with several teachers joined by " + ", where a line can break, and without the dates of runs that have a name:
     the digests tell them apart."""
     label = re.sub(r"(?<=[ ,])\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-(?!\d+[:/])(?=[^ ,]+:[0-9a-f]{8})", "", label)
@@ -87,7 +87,7 @@ def _judgement(table: Table) -> list[str]:
                      f"\"Detects\" is the smallest difference that so many seeds find in {POWER:.0%} of cases; more seeds "
                      "find smaller ones. \"Not significant\" doesn't show that there is no difference.")
     if tested < len(judged):
-        parts.append("Unknown: run more seeds (sweep --seeds 3); their accuracies must differ, too.")
+        parts.append("Unknown: no standard deviation can be estimated; run more seeds (sweep --seeds 3).")
     return textwrap.wrap(" ".join(parts), WIDTH)
 
 

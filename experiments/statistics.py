@@ -25,7 +25,8 @@ UNKNOWN = Estimate(math.nan, 0)
 
 
 def pooled_std(samples: Iterable[Sequence[float]]) -> Estimate:
-    """The standard deviation within samples that may have different means. A sample of one value tells nothing of it."""
+    """The standard deviation within samples that may have different means. Samples of one value are ignored; UNKNOWN
+    if there are no others."""
     repeated = [sample for sample in samples if len(sample) > 1]
     dof = sum(len(sample) - 1 for sample in repeated)
     if not dof:
@@ -56,7 +57,7 @@ def error_of_difference(std: Estimate, count: int, other_std: Estimate, other_co
 def t_test(difference: float, error: Estimate) -> float:
     """The p value of Student's two-sided t-test: how probable a difference so far from 0 is where there is none.
 
-    nan without a standard error, and where it is 0: values that are all equal are as coarse as a small test set makes them.
+    nan without a standard error, and where it is 0: equal accuracies show a small test set, not that nothing varies.
     """
     return 2 * float(stdtr(error.dof, -abs(difference) / error.value)) if error.dof and error.value else math.nan
 
@@ -79,7 +80,7 @@ def detectable_difference(error: Estimate, comparisons: int = 1) -> float:
     """The smallest true difference that the t-test finds significant with probability POWER, when it is one of so many
     `comparisons` that share LEVEL (Cohen, "Statistical Power Analysis for the Behavioral Sciences", 1988, chapter 2).
 
-    By the noncentral t distribution. Holm's correction asks at most LEVEL / comparisons of a difference.
+    By the noncentral t distribution. LEVEL / comparisons is the strictest level of Holm's correction.
     """
     if not error.dof or not error.value:
         return math.nan

@@ -39,7 +39,7 @@ class Outcome(Enum):
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that a sweep asks for. It can be sent to another process."""
+    """A run that a sweep asks for. Picklable."""
 
     config: Config  # as the command line gives it
     description: str  # what varies within the sweep

@@ -106,7 +106,8 @@ def _is_tensor(value: Any) -> bool:
 
 
 def read_newest(folder: Path) -> tuple[State, list[str]]:
-    """The newest valid state in a run's folder, and a note that names a damaged newer one."""
+    """The newest valid state in a run's folder, and a list with a note if the newest checkpoint is damaged. Raises UserError
+    where no checkpoint is valid."""
     try:
         return unpack(folder / CHECKPOINT), []
     except CheckpointCorrupt as newest:

@@ -65,7 +65,7 @@ def label_line_ends(axes: Axes, ends: Iterable[tuple[float, float, str, str]]) -
 
 def spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Sorted `values` moved as little as needed to lie `gap` apart, and between `low` and `high` where there is room."""
-    groups: list[list[float]] = []  # of values that end up side by side; a regression on increasing values
+    groups: list[list[float]] = []  # of values that end up side by side: isotonic regression by pooling adjacent violators
     for index, value in enumerate(values):
         groups.append([value - index * gap])
         while len(groups) > 1 and fmean(groups[-2]) > fmean(groups[-1]):

@@ -80,8 +80,8 @@ def test_figures_in_the_summary_of_what_was_learned_are_those_of_the_tables():
 def test_how_far_a_recipe_is_from_its_target(recipe, target):
     missed = target - readme.accuracy(recipe)[0]
     words = f"misses by {missed:.1f}" if missed > 0 else f"is {-missed:.1f} above"
-    assert re.search(f"`{recipe}` [^`]*?Target: {target:g} %; the mean {words}",
-                     unwrapped("README.md").replace("[LEARNINGS.md](LEARNINGS.md)", ""))
+    [told] = re.findall(f"- `{recipe}`: (.*?) - `", unwrapped("README.md"))
+    assert f"Target: {target:g} %; the mean {words}" in told
 
 
 def test_how_long_training_takes_is_what_was_measured():
@@ -293,16 +293,15 @@ def test_the_program_can_still_test_every_committed_network(weights, cifar10, co
 
 
 def _mirrored_as_told() -> dict[str, float]:
-    """What README.md says of mirrored images at the test, by the run's folder."""
-    told = re.search("- With each test image also mirrored, .*?`python", text_of("README.md"), re.DOTALL)[0]
-    _, *parts = re.split("(`best`|its teacher|`strong`|on small crops|`fast`|the reference run)", told)
-    folders = {"`best`": "best", "its teacher": "wide", "`strong`": "strong", "on small crops": "strong-crops",
-               "`fast`": "fast"}
-    figures = {}
-    for words, text in zip(parts[::2], parts[1::2], strict=True):
-        for seed, figure in enumerate(re.findall(r"([\d.]+) %", text)):
-            figures[f"{folders[words]}/seed-{seed}" if words in folders else "."] = float(figure)
-    return figures
+    """The accuracies with mirrored images in docs/inference.md, by the run's folder."""
+    return {run.removeprefix("logs/reference").strip("/") or ".": float(mirrored)
+            for run, mirrored in re.findall(r"\| `(logs/reference.*?)`.* \| ([\d.]+) \|$", text_of("docs/inference.md"), re.M)}
+
+
+def test_the_accuracies_without_mirrored_images_are_the_logged_ones():
+    told = dict(re.findall(r"\| `(logs/reference.*?)`.* \| ([\d.]+) \| [\d.]+ \|$", text_of("docs/inference.md"), re.M))
+    assert len(told) == len(_mirrored_as_told()) > 5
+    assert told == {folder: f"{read_run(ROOT / folder).rows[-1]['test_acc']:.2f}" for folder in told}
 
 
 def test_every_folder_and_file_is_named():

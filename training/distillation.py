@@ -20,16 +20,18 @@ class Distillation:
         self.weight, self.temperature = weight, temperature
 
     def teacher_logits(self, images: Tensor) -> list[Tensor]:
-        """Each teacher's logits, N x classes, for `images`, N x 3 x H x W. A GPU computes them beside what is launched next:
-        call `wait_for` its side stream before they are used."""
+        """Each teacher's logits, N x classes, float32 or under autocast bfloat16, for float images N x 3 x H x W. A GPU
+        computes them beside what is launched next: call `wait_for` its side stream before they are used."""
         with torch.no_grad(), after_this(side_stream(images.device)):
             return [teacher(images) for teacher in self.teachers]
 
-    def loss(self, label_loss: Tensor, logits: Tensor, taught: list[Tensor]) -> Tensor:
-        """The loss to train by, a scalar in nats: the weighted mean of `label_loss` and the Kullback-Leibler divergence of the
-        mean of the teachers' softened predictions, from their logits `taught`, from those of `logits`, N x classes. The
-        divergence is multiplied by the squared temperature, because its gradients shrink by that."""
-        predictions = [self._log_softened(each) for each in taught]
+    def loss(self, label_loss: Tensor, logits: Tensor, teacher_logits: list[Tensor]) -> Tensor:
+        """The loss to train by, a float32 scalar in nats: (1 - weight) * label_loss + weight * T**2 * KL(p || q), averaged over
+        the N images, with q = softmax(logits / T), and p the mean over teachers of softmax(teacher_logits / T).
+
+        `logits` and each of `teacher_logits`: N x classes, float32 or bfloat16. T**2, the squared temperature, keeps the size
+        of the gradients (Hinton et al. 2015, section 2)."""
+        predictions = [self._log_softened(each) for each in teacher_logits]
         log_mean = predictions[0] if len(predictions) == 1 else (
             torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions)))
         log_student = self._log_softened(logits)

@@ -25,7 +25,7 @@ def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int],
     """Train on each batch, with the network in training mode. `learning_rate` is given the number of images that this epoch
     has trained on so far. Returns the mean loss and the accuracy of the epoch. Raises Diverged when the loss is not finite.
 
-    `sizes` are those of the whole batches where `batches` are this process's parts of them.
+    `sizes`: those of the whole batches, where `batches` are this process's parts of them.
     """
     step.net.train()
     metrics, shown, trained = step.metrics, time.monotonic(), 0
@@ -48,8 +48,8 @@ def train_epoch(step: Step, batches: BatchStream, learning_rate: Callable[[int],
 
 
 def evaluate(net: nn.Module, batches: BatchStream, device: torch.device, processes: Processes = ALONE) -> Result:
-    """Cross-entropy and accuracy of the network in evaluation mode, on what `batches` of all processes hold. Raises Diverged
-    when the loss is not finite."""
+    """Mean cross-entropy and accuracy over the batches of all processes. The forward pass runs in bfloat16 where `autocast`
+    does. Leaves the network in evaluation mode. Raises Diverged when the loss is not finite."""
     logits, labels = predict(net, batches, device)
     if processes.size > 1:
         loss, correct, images = processes.sum(F.cross_entropy(logits, labels, reduction="sum").item(),
@@ -62,7 +62,8 @@ def evaluate(net: nn.Module, batches: BatchStream, device: torch.device, process
 
 @torch.no_grad()
 def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The network's logits, float32 N x classes, and the labels, int64 N, of all batches, on the device."""
+    """The network's logits, float32 N x classes, and the labels, int64 N, of all batches, on the device. Leaves the network in
+    evaluation mode."""
     net.eval()
     precision, outputs = autocast(device), []
     for images, labels in batches:

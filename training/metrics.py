@@ -11,7 +11,8 @@ from training.errors import Diverged
 
 
 class Result(NamedTuple):
-    """Mean loss, in nats per image, and accuracy, in percent."""
+    """Mean loss, in nats per image, and accuracy, in percent. In training both are means over an epoch in which the weights
+    change, and with a teacher the loss includes the distillation loss."""
 
     loss: float
     accuracy: float

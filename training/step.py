@@ -39,13 +39,13 @@ class TrainStep:
             self.optimizer.step()
             return
         with self.autocast:
-            taught = self.distillation.teacher_logits(images) if self.distillation else []
+            teacher_logits = self.distillation.teacher_logits(images) if self.distillation else []
         # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input: so no autocast there
         with self.autocast if len(images) else nullcontext(), counting_batches_together(self.net, self.device):
             logits = self.forward(images)
-            if taught:
+            if teacher_logits:
                 wait_for(side_stream(self.device))
-            loss = (self.loss or self.own_loss)(logits, labels, taught)
+            loss = (self.loss or self.own_loss)(logits, labels, teacher_logits)
         self.optimizer.zero_grad()
         # In several processes, the gradients of the sum over images: SyncBatchNorm adds up gradients of parts that may
         # differ in size
@@ -53,12 +53,12 @@ class TrainStep:
         self.processes.average_gradients(self.net, len(images))
         self.optimizer.step()
 
-    def own_loss(self, logits: Tensor, labels: Tensor, taught: list[Tensor]) -> Tensor:
+    def own_loss(self, logits: Tensor, labels: Tensor, teacher_logits: list[Tensor]) -> Tensor:
         """The mean loss of a batch, from its logits and its teachers'; adds the batch to the metrics."""
         # on CUDA autocast would leave its softmax in bfloat16
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
         if self.distillation:
-            loss = self.distillation.loss(loss, logits, taught)
+            loss = self.distillation.loss(loss, logits, teacher_logits)
         if len(labels):
             self.metrics.add(loss, logits, labels)
         return loss

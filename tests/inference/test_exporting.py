@@ -71,8 +71,8 @@ def test_an_exported_network_is_the_network(exported, to):
         def run(images):
             return program.module()(torch.from_numpy(images)).detach().numpy()
     test = pictures_of("test")
-    if to == "onnx":  # the README's lines
-        lines = next(block for block in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    if to == "onnx":  # the lines of docs/inference.md
+        lines = next(block for block in re.findall("```python\n(.*?)```", (ROOT / "docs/inference.md").read_text(), re.DOTALL)
                      if "onnxruntime" in block).replace("model.onnx", str(path))
         names = {"images": test.images}
         exec(lines, names)

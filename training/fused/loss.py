@@ -25,7 +25,8 @@ def fused_loss(step: TrainStep) -> Loss:
     distillation = step.distillation
     share, temperature = (distillation.weight, distillation.temperature) if distillation else (0.0, 1.0)
 
-    def loss(logits: Tensor, labels: Tensor, taught: list[Tensor]) -> Tensor:
-        return _SoftmaxLoss.apply(logits.float(), labels, taught, step.label_smoothing, share, temperature, step.metrics.sums)
+    def loss(logits: Tensor, labels: Tensor, teacher_logits: list[Tensor]) -> Tensor:
+        return _SoftmaxLoss.apply(logits.float(), labels, teacher_logits, step.label_smoothing, share, temperature,
+                                  step.metrics.sums)
 
     return loss

@@ -53,7 +53,7 @@ class _Outputs(torch.autograd.Function):
         """None for images, layers and heads, and the gradients of the parameters in their order."""
         found = []  # from the last parameter to the first
         (maps, norm, out_size), gradients = ctx.last, gradients.contiguous()
-        read_beside = [gradients]  # kept until the streams have met, so that nothing is written over them
+        read_beside = [gradients]  # kept until this stream has waited for the other, so that nothing overwrites them
         beside = side_stream(maps.device)
         # Of weights' gradients in the other stream: only the optimizer needs them, so the other gradients don't wait
         for head in ctx.heads:
