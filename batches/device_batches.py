@@ -1,7 +1,7 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, pairwise, starmap
 
 import albumentations as A
 import numpy as np
@@ -14,7 +14,8 @@ from batches.streams import after_this, side_stream, wait_for
 from batches.tensors import as_tensors
 from images.dataset import Split
 
-AUGMENTED_TOGETHER = 4096  # images that a GPU augments together
+AUGMENTED_FIRST = 512  # images that a GPU augments together at the start of an epoch; the first step waits for them
+AUGMENTED_TOGETHER = 4224  # then, beside the steps on those before
 TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images per step of a test
 KEPT_BYTES = 2**28  # of a split's normalized images, 12 kB each, that may stay on a GPU
 
@@ -66,16 +67,17 @@ class DeviceBatches:
         drawn = self.drawn.pop((name, epoch)) if (name, epoch) in self.drawn else self._draw(name, epoch, order)
         on_device, parameters = drawn
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
-        together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1
+        first, together = (max(1, images // batch_size) if self.device.type == "cuda" else 1
+                           for images in (AUGMENTED_FIRST, AUGMENTED_TOGETHER))
         parts = [whole[self.share_of(len(whole))] for whole in on_device.split(batch_size)]
 
-        def make(start: int) -> Iterator[Batch]:
-            sizes = [len(part) for part in parts[start:start + together]]
-            indices = torch.cat(parts[start:start + together])
+        def make(start: int, end: int) -> Iterator[Batch]:
+            sizes = [len(part) for part in parts[start:end]]
+            indices = torch.cat(parts[start:end])
             made = policy(images[indices], [values[indices] for values in parameters])
             return zip(made.split(sizes), labels[indices].split(sizes), strict=True)
 
-        groups = map(make, range(0, len(parts), together))
+        groups = starmap(make, pairwise([0, *range(first, len(parts), together), len(parts)]))
         beside = side_stream(self.device, "batches")
         try:
             yield from _made_ahead(groups, beside) if beside else chain.from_iterable(groups)

@@ -186,6 +186,10 @@ def epochs(options: Options) -> Iterator[str]:
     """Epochs with their tests, as main.py runs them: how long, and how long the GPU has nothing to do."""
     yield f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"
     for name, settings in WAYS.items():
+        if torch.cuda.is_available():  # so that the memory is this way's
+            program = step = run = None
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         program = options.program(batches="device", **settings)
         step, device = program.step, program.device
 
@@ -239,7 +243,8 @@ def kernels(options: Options) -> Iterator[str]:
                 step(*batch)
             wait(program.device)
         times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
-                 for event in profiler.key_averages() if not event.is_user_annotation}
+                 for event in profiler.key_averages() if not event.is_user_annotation
+                 and (event.device_type == torch.profiler.DeviceType.CUDA) == on_gpu}  # not the host's calls
         total = sum(spent for spent, _ in times.values()) or 1.0
         most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
         title = f"a step, {name}: {sum(count for _, count in times.values()) // steps} kernels, {total / steps:.0f} us"

@@ -1,11 +1,13 @@
 """How long the launches of the fused kernels take, and how long with other settings than those of training/fused/launches.py.
 
-    python benchmarks/fused_launches.py     prints, and writes benchmarks/results/fused_launches.txt
+    python benchmarks/fused_launches.py                                  prints, and writes results/fused_launches.txt
+    python benchmarks/fused_launches.py --settings SUM --output FILE     one setting; all take more than ten minutes
 
 Each launch of a step on 128 images is timed by itself: replayed from a CUDA graph, so its data may come from the cache. A row
 adds up those of one function, with the sums over programs that follow. Triton compiles each setting first, which takes minutes.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -65,13 +67,14 @@ def microseconds(name: str, arguments: tuple[Any, ...]) -> float:
     return 1e3 * do_bench_cudagraph(lambda: getattr(launches, name)(*arguments), return_mode="median")
 
 
-def rows() -> Iterator[str]:
-    """A row for each function, image size and setting; that of launches.py is marked."""
+def rows(settings: list[str]) -> Iterator[str]:
+    """A row for each function, image size and way of the settings; that of launches.py is marked."""
     from training.fused import launches
 
     for side in (32, 24):
         calls = recorded(side, "cuda")
-        for setting, (names, others) in TRIED.items():
+        for setting in settings:
+            names, others = TRIED[setting]
             now = getattr(launches, setting)
             for name in names:
                 yield f"{name}, {side} x {side}, {sum(call == name for call, _ in calls)} launches, us"
@@ -85,13 +88,17 @@ def rows() -> Iterator[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", choices=list(TRIED), default=list(TRIED), help="those to time; default: all")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file to write; default: %(default)s")
+    options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("benchmarks/fused_launches.py measures on a CUDA GPU, and this PyTorch finds none")
     lines = [f"Launches of the fused kernels, {describe_device(torch.device('cuda'))}, PyTorch {torch.__version__}", ""]
-    for row in rows():
+    for row in rows(options.settings):
         print(row, flush=True)
         lines.append(row)
-        RESULTS.write_text("\n".join(lines) + "\n")
+        options.output.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -229,7 +229,8 @@ def runs_table(*names: str) -> str:
     lines = ["| settings | seeds | train % | validation % |", "|---|---:|---:|---:|"]
     for row in sorted(rows, key=lambda row: -float(row["val_acc"])):
         own = ", ".join(part for part in row["differs"].split(", ") if part not in shared)
-        lines.append(f"| {with_short_teachers(own) or 'nothing else'} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} |")
+        lines.append(f"| {with_short_teachers(own) or 'nothing else'} | {row['count']} | {float(row['train_acc']):.2f} | "
+                     f"{float(row['val_acc']):.2f} |")
     return "\n".join(lines)
 
 

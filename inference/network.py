@@ -6,7 +6,6 @@ import types
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from config import UserError, net_settings
@@ -57,7 +56,7 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
         raise UserError(f"Net of {model or MODEL} must return a torch.nn.Module, and returned {type(net).__name__}")
     weights.check_identity(net, model or MODEL, _remedy(weights, model))
     weights.load_into(net, _remedy(weights, model))
-    check_output(net, num_classes, torch.device("cpu"))
+    check_output(net, num_classes)
     return net
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from config import Config
-from runs.checkpoint import State, make_state, pack, write_checkpoint
+from runs.checkpoint import State, copy_state, make_state, pack, write_checkpoint
 from runs.files import NoFileLocks, make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
 from runs.jobs import mark_job
@@ -65,7 +65,7 @@ class RunWriter:
         if "val_acc" in row and all(row["val_acc"] > earlier["val_acc"] for earlier in self.rows):
             self.best = {"epoch": row["epoch"], "net": copy.deepcopy(self.net.state_dict())}
         self.rows.append(row)
-        self.unsaved = copy.deepcopy(make_state(self.net, self.optimizer, self.rows, self.record, self.places))
+        self.unsaved = copy_state(make_state(self.net, self.optimizer, self.rows, self.record, self.places))
         if self.best:
             self.unsaved["best"] = self.best
         if last or time.monotonic() - self.saved_at >= INTERVAL:
@@ -189,8 +189,11 @@ def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.M
 def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]) -> None:
     """Load what the optimizer has learned, such as momentum. Its settings are those it was just made with."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, values in state.items():
+    loaded: dict[int, dict[str, Any]] = {index: dict(values) for index, values in state.items()}
+    for index, values in loaded.items():
         for name, value in values.items():
             if value is not None and value.shape != (torch.Size() if name == "step" else parameters[index].shape):
                 raise ValueError(f"the optimizer's state of parameter {index} has the shape {value.shape}")
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            if value is not None and name != "step":  # the parameter's memory format: fused optimizers want no other
+                values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})

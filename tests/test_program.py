@@ -391,4 +391,5 @@ def test_a_run_ends_with_where_it_stands_beside_the_reference_run(run, tmp_path,
     assert "reference" not in run("--epochs", "1")[1]  # which is on other images
     monkeypatch.setattr(main, "REFERENCE", only_run(tmp_path))
     monkeypatch.setattr(main, "evaluate", lambda *_: Result(1.0, 55.5))
-    assert "That is +15.50 percentage points from the reference run, 40.00 % after 1 epoch\n" in run("--epochs", "1", "--seed", "1")[1]
+    out = run("--epochs", "1", "--seed", "1")[1]
+    assert "That is +15.50 percentage points from the reference run, 40.00 % after 1 epoch\n" in out

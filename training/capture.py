@@ -111,6 +111,8 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if error.__context__ and not isinstance(error.__context__, Exception):  # a signal ended the capture
+                raise error.__context__ from None
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
             return f"the capture failed ({cause.splitlines()[0]})"
         moved = [name for name, place in addresses(step_state(self.step)).items() if places.get(name) != place]

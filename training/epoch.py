@@ -74,23 +74,21 @@ def predict(net: nn.Module, batches: BatchStream, device: torch.device) -> tuple
 
 
 @torch.no_grad()
-def check_output(net: nn.Module, num_classes: int, device: torch.device, crop_size: int = SIDE) -> None:
-    """Raise UserError unless the network turns N images into N x num_classes logits, whole images and crops of `crop_size`
-    pixels. Leaves it in evaluation mode."""
+def check_output(net: nn.Module, num_classes: int, crop_size: int = SIDE) -> None:
+    """Raise UserError unless the network, on the CPU, turns N images into N x num_classes logits, whole images and crops of
+    `crop_size` pixels. Leaves it in evaluation mode."""
     for side in sorted({SIDE, crop_size}, reverse=True):
-        images = torch.zeros(2, 3, side, side, device=device).to(memory_format=memory_format(device))
         try:
-            with autocast(device):
-                output = net.eval()(images)
+            output = net.eval()(torch.zeros(2, 3, side, side))
         except RuntimeError as error:
             if side == SIDE:
                 raise
             raise UserError(f"the network takes images of {SIDE} x {SIDE} pixels only ({error}), but --crop-size is {side}: "
                             f"use --crop-size {SIDE}, or pool the last map in model.py") from error
         found = " x ".join(map(str, output.shape)) if isinstance(output, Tensor) else type(output).__name__
-        wanted = f"{len(images)} x {num_classes}"
+        wanted = f"2 x {num_classes}"
         if found != wanted:
-            raise UserError(f"the network returns {found} for {len(images)} images of {side} x {side} pixels, but must return "
+            raise UserError(f"the network returns {found} for 2 images of {side} x {side} pixels, but must return "
                             f"{wanted}, a logit for each class: see forward() in model.py")
 
 

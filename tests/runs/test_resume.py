@@ -36,7 +36,7 @@ import main
 from config import Config, UserError
 from model import Net
 from runs import checkpoint, weights, writer
-from runs.checkpoint import pack, read_newest, unpack
+from runs.checkpoint import copy_state, make_state, pack, read_newest, unpack
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, run_state
 from runs.record import read_run
 from runs.resuming import load_unfinished
@@ -227,6 +227,46 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_used(run, tmp_pat
         for name, data in whole.items():
             (folder / name).write_bytes(data)
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("formats", [(torch.channels_last, torch.contiguous_format),
+                                     (torch.contiguous_format, torch.channels_last)])
+def test_momentum_takes_the_memory_format_of_the_device_that_resumes(formats):
+    """GPUs differ in it, and a fused optimizer refuses momentum that lies otherwise than the weights."""
+    before, after = (Net().to(memory_format=format) for format in formats)
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9) for net in (before, after)]
+    before(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizers[0].step()
+    writer._load_optimizer_state(optimizers[1], optimizers[0].state_dict()["state"])
+    for weight, other in zip(before.parameters(), after.parameters(), strict=True):
+        momentum = optimizers[1].state[other]["momentum_buffer"]
+        assert momentum.stride() == other.stride()
+        assert torch.equal(momentum, optimizers[0].state[weight]["momentum_buffer"])
+
+
+def test_a_copy_of_a_state_shares_no_memory_with_it_and_keeps_what_is_shared_within(tmp_path):
+    net = torch.nn.Sequential(Net(), torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10, bias=False))
+    net = net.to(memory_format=torch.channels_last)
+    net[2].weight = net[1].weight
+    optimizer = torch.optim.Adam(net.parameters())
+    net(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    state = make_state(net, optimizer, [example_row(0)], example_record(), {})
+    before, copied = pack(state), copy_state(state)
+    assert len(pack(copied)) <= len(before)
+    assert [tensor.stride() for tensor in copied["net"].values()] == [tensor.stride() for tensor in state["net"].values()]
+    net(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    state["rows"].append(example_row(1))
+    for path, now in ((tmp_path / "then", before), (tmp_path / "copied", pack(copied))):
+        path.write_bytes(now)
+    then, found = (unpack(path) for path in (tmp_path / "then", tmp_path / "copied"))
+    assert found["rows"] == then["rows"] == [example_row(0)]
+    for one, other in ((then["net"], found["net"]), *zip(*(each["optimizer"]["state"].values() for each in (then, found)),
+                                                         strict=True)):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert found["net"]["1.weight"].data_ptr() == found["net"]["2.weight"].data_ptr()
 
 
 def test_a_crash_between_the_two_renames_loses_nothing(run, tmp_path, uninterrupted, stop_in_epoch):

@@ -3,6 +3,7 @@ but the graph."""
 
 import copy
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from runs.record import read_record
 from training import capture
 from training.capture import CapturedStep, make_step
 from training.epoch import train_epoch
+from training.errors import StopRequested
 from training.optimizer import SGD
 from training.step import TrainStep
 
@@ -290,6 +292,21 @@ def read_from_the_gpu(step: TrainStep) -> None:
 def use_an_optimizer_that_is_not_fused(step: TrainStep) -> None:
     """The optimizer reads the learning rate from the GPU."""
     step.optimizer = SGD(step.net.parameters(), lr=0.1)
+
+
+def test_a_signal_in_a_recording_ends_the_run(batches, device, capsys):
+    """CUDA then raises an error of its own, because what was begun beside was not ended."""
+    def interrupted(run):
+        try:
+            raise StopRequested(signal.SIGTERM)
+        except StopRequested:
+            raise RuntimeError("capture of unjoined work")  # noqa: B904
+
+    captured = CapturedStep(make_inner_step(device))
+    captured.capture = interrupted
+    with pytest.raises(StopRequested):
+        captured(*batches[0])
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.gpu

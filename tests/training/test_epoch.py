@@ -163,11 +163,11 @@ def test_a_network_whose_output_is_not_logits_is_named(head, found):
     net = WithHead()
     before = copy.deepcopy(net.state_dict())
     if found == "2 x 10":
-        check_output(net, 10, CPU)
+        check_output(net, 10)
     else:
         with pytest.raises(UserError, match=f"returns {found} for 2 images of 32 x 32 pixels, but must return 2 x 10, "
                                             "a logit for each class"):
-            check_output(net, 10, CPU)
+            check_output(net, 10)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
@@ -177,7 +177,7 @@ def test_a_network_that_takes_no_crops_is_named():
             super().__init__()
             self.head = nn.Sequential(nn.Flatten(), nn.Linear(256 * 4 * 4, 10))
 
-    check_output(Net(), 10, CPU, crop_size=16)
-    check_output(Flattening(), 10, CPU)
+    check_output(Net(), 10, crop_size=16)
+    check_output(Flattening(), 10)
     with pytest.raises(UserError, match=r"32 x 32 pixels only \(.*\), but --crop-size is 24: use --crop-size 32"):
-        check_output(Flattening(), 10, CPU, crop_size=24)
+        check_output(Flattening(), 10, crop_size=24)

@@ -20,7 +20,7 @@ from model import Net
 from training import capture
 from training.capture import CapturedStep, make_step
 from training.distillation import Distillation
-from training.epoch import check_output, evaluate, predict, train_epoch
+from training.epoch import evaluate, predict, train_epoch
 from training.metrics import Metrics
 from training.optimizer import SGD
 
@@ -138,12 +138,6 @@ def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():
     assert launches.waits == []
 
 
-def test_the_check_of_a_networks_output_runs_there_too():
-    with fake_cuda() as reads, Launches() as launches:
-        check_output(to_fake_cuda(Net()), 10, CUDA)
-    assert (reads, launches.waits, launches.mixed) == ([], [], [])
-
-
 # ---------------------------------------------------------------- how much is launched
 
 def test_a_step_launches_no_more_than_it_needs():
@@ -213,7 +207,8 @@ def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
 # ---------------------------------------------------------------- what runs beside the steps
 
 def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(monkeypatch):
-    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
+    for name in ("AUGMENTED_FIRST", "AUGMENTED_TOGETHER"):
+        monkeypatch.setattr(device_batches, name, 64)
     with fake_cuda(), second_streams() as streams:
         batches, main, beside = fake_batches(Config(batches="device", batch_size=32), train=300), streams.main, streams.batches
         for epoch in (0, 1):
@@ -235,7 +230,8 @@ def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(m
 
 
 def test_an_epoch_that_ends_early_frees_nothing_that_is_read_beside(monkeypatch):
-    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
+    for name in ("AUGMENTED_FIRST", "AUGMENTED_TOGETHER"):
+        monkeypatch.setattr(device_batches, name, 64)
     with fake_cuda(), second_streams() as streams:
         batches = fake_batches(Config(batches="device", batch_size=32))
         for epoch in (0, 1):

@@ -1,6 +1,7 @@
 """The fused kernels compute what PyTorch's do: in Triton's interpreter, and, where there is one, on a GPU."""
 
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -93,6 +94,35 @@ def test_a_network_in_evaluation_mode_is_fused_as_it_trains(monkeypatch):
     fuse(net.to(memory_format=torch.channels_last))
     assert seen == [True]
     assert not net.training
+
+
+@pytest.mark.parametrize("net", [Net(), Net(dropout=0.1)], ids=["Net", "dropout"])
+def test_the_maps_of_a_step_are_freed_with_its_result(monkeypatch, net):
+    """And not only when Python collects what refers to itself."""
+    maps, new_maps = [], network.launches._new_maps
+
+    def remembered(*given):
+        made = new_maps(*given)
+        maps.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(network.launches, "_new_maps", remembered)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None)
+    gc.collect()
+    gc.disable()
+    try:
+        net = net.to("meta", memory_format=torch.channels_last)
+        fuse(net)(torch.empty(2, 3, 32, 32, device="meta").to(memory_format=torch.channels_last))
+    finally:
+        gc.enable()
+    assert len(maps) == 17
+    assert not any(reference() is not None for reference in maps)
+
+
+def test_the_sum_of_one_program_needs_no_launch(monkeypatch):
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", None)
+    partial = torch.randn(1, 2, 32)
+    assert torch.equal(network.launches._sum(partial), partial.sum(0))
 
 
 def test_maps_too_large_for_32_bits_are_refused():
@@ -203,8 +233,8 @@ def test_weights_gradients_are_computed_beside_from_memory_that_is_kept(monkeypa
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
     monkeypatch.setattr(network, "side_stream", lambda device: beside)
     with fake_cuda():
-        images = torch.empty(2, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
-        backward_node(fuse(to_fake_cuda(Net()))(images)).apply(torch.empty(2, 10, device=CUDA))
+        images = torch.empty(128, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
+        backward_node(fuse(to_fake_cuda(Net()))(images)).apply(torch.empty(128, 10, device=CUDA))
     assert launched.count(("pointwise_weights", beside)) == launched.count(("sum_programs", beside)) == 8
     assert [stream for name, stream in launched if name not in ("pointwise_weights", "sum_programs")].count(beside) == 0
     assert FakeStream.waits == [(beside, main, True)] * 9 + [(main, beside, True)]  # of the head, too

@@ -54,6 +54,8 @@ def _new_maps(like: Tensor, rows: int, channels: int) -> Tensor:
 
 def _sum(partial: Tensor) -> Tensor:
     """The sum over the first dimension, the programs."""
+    if len(partial) == 1:
+        return partial[0]
     shares, total = _shares(partial), partial.new_empty(partial.shape[1:])
     kernels.sum_programs[(total.numel() // shares["EACH"],)](partial, total, len(partial), VALUES=total.numel(), **shares)
     return total

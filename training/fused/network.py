@@ -45,7 +45,8 @@ class _Outputs(torch.autograd.Function):
             maps, norm, size = out  # type: ignore[assignment]
         features, logits = launches.pool_forward(maps, norm, len(images), heads[0] if heads else None)
         ctx.first, ctx.blocks, ctx.heads, ctx.images = first, blocks, heads, images
-        ctx.saved, ctx.last, ctx.features = saved, (maps, norm, size), features
+        ctx.saved, ctx.last = saved, (maps, norm, size)
+        ctx.features = features if heads else None  # what is returned would refer to itself, and live until it is collected
         return logits if heads else features
 
     @staticmethod
