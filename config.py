@@ -82,8 +82,9 @@ class Config:
     capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, with "
                            "batches made on the device, after a check that the replay computes the same",
                            choices=("auto", "on", "off"))
-    kernels: str = setting("pytorch", "kernels of captured steps: pytorch; or fused: Triton kernels of this program, if a "
-                           "check at the start finds them correct and faster; compiling them takes half a minute, once",
+    kernels: str = setting("pytorch", "kernels of captured steps and of augmentation: pytorch; or fused: Triton kernels of "
+                           "this program, if a check at the start finds them correct and faster; compiling them takes "
+                           "half a minute, once",
                            choices=("pytorch", "fused"))
     deterministic: bool = setting(False, "use deterministic kernels only, so that CUDA gives the same bits in every run")
     instruction_set: str = setting("auto", "CPU instructions to use: auto: all the processor has; avx2: at most AVX2, for the "

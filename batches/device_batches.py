@@ -1,17 +1,20 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, pairwise, starmap
 
 import albumentations as A
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from batches.device_policy import DevicePolicy
 from batches.randomness import ORDER, WHOLE_BATCHES, random_stream
 from batches.streams import after_this, side_stream, wait_for
 from batches.tensors import as_tensors
+from batches.timing import milliseconds
 from images.dataset import Split
 
 AUGMENTED_FIRST = 512  # images that a GPU augments together at the start of an epoch; the first step waits for them
@@ -27,18 +30,21 @@ class DeviceBatches:
     """All batches of a run, from images that lie on the device as uint8. The same calls as WorkerBatches."""
 
     def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
-                 device: torch.device, share_of: Callable[[int], slice] = slice) -> None:
+                 device: torch.device, share_of: Callable[[int], slice] = slice, fused: bool = False) -> None:
         """`splits` and `policies` have the same keys; `share_of(n)` is the slice of a batch of n images that this process
-        makes. Raises Unsupported."""
+        makes; `fused`: try to augment in one kernel on CUDA. Raises Unsupported."""
         height, width = next(iter(splits.values())).images.shape[1:3]
         self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
         self.images, self.labels = as_tensors(splits, device)
         self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
+        self.to_fuse = dict(policies) if fused and device.type == "cuda" else {}
         self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
         self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by policy
 
     def shuffled(self, name: str, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch)."""
+        if name in self.to_fuse:
+            self.policies[name] = _faster(self.to_fuse.pop(name), self.policies[name], self.images[name])
         yield from self._run(name, epoch, None, self.batch_size)
         if self.device.type == "cuda":  # which is still at work on the last batches
             self.drawn = {(name, epoch + 1): self._draw(name, epoch + 1, None)}
@@ -74,7 +80,7 @@ class DeviceBatches:
         def make(start: int, end: int) -> Iterator[Batch]:
             sizes = [len(part) for part in parts[start:end]]
             indices = torch.cat(parts[start:end])
-            made = policy(images[indices], [values[indices] for values in parameters])
+            made = policy.apply(images, indices, parameters)
             return zip(made.split(sizes), labels[indices].split(sizes), strict=True)
 
         groups = starmap(make, pairwise([0, *range(first, len(parts), together), len(parts)]))
@@ -90,6 +96,31 @@ class DeviceBatches:
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
+
+
+def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DevicePolicy:
+    """The policy in one kernel, if a check on some of the images finds the same bits, and less time. Prints why not."""
+    images, reason = images[:AUGMENTED_FIRST], ""
+    chosen = torch.arange(len(images), device=images.device).flip(0)
+    uniform = torch.rand(len(images), policy.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    try:
+        from batches.fused_policy import FusedPolicy  # loads Triton
+
+        height, width = images.shape[1:3]
+        policies = (FusedPolicy(compose, height, width, images.device), policy)
+        calls = [partial(each.apply, images, chosen, each.sample(uniform.to(images.device))) for each in policies]
+        if not torch.equal(*(call() for call in calls)):
+            reason = "it makes other images"
+        else:
+            times = [milliseconds(call, images.device) for call in calls]
+            reason = "" if times[0] < times[1] else "it takes {:.2f} ms, PyTorch's {:.2f}".format(*times)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of Triton, its compiler or the driver
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    if reason:
+        tqdm.write(f"Images are augmented by PyTorch's kernels, not by the fused one: {reason}.")
+    return policy if reason else policies[0]
 
 
 def _made_ahead(parts: Iterator[Iterator[Batch]], beside: torch.cuda.Stream) -> Iterator[Batch]:

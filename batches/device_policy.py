@@ -95,14 +95,24 @@ class Affine:
             return _integer(uniform, *(int(limit) for limit in self.transform.translate_px[axis]))
         return (_between(uniform, self.transform.translate_percent[axis]) * size).trunc()
 
+    def coordinates(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """Where output pixels come from, in 1024ths of an input pixel: the sum of a part by their column, int32 N x 2 x W, and
+        one by their row, int32 N x 2 x H; of both, first of x, then of y."""
+        a, b, shift_x, c, d, shift_y = matrices.view(-1, 6, 1).unbind(1)
+        determinant = a * d - b * c
+        row, column = (each.view(1, -1) for each in grid(self.height, self.width, matrices.device, matrices.dtype))
+        by_column = [d / determinant * column, -c / determinant * column]
+        by_row = [-b / determinant * row + (b * shift_y - d * shift_x) / determinant,
+                  a / determinant * row + (c * shift_x - a * shift_y) / determinant]
+        columns, rows = (torch.stack(parts, 1).mul_(1024).round_().int() for parts in (by_column, by_row))
+        return columns, rows
+
     def __call__(self, packed: Tensor, matrices: Tensor) -> Tensor:
         """As OpenCV's warpAffine: both parts of a coordinate are rounded to 1/1024 pixel, their sum to 1/32, and weights are
         whole 1024ths (imgwarp.cpp: AB_BITS 10, INTER_BITS 5)."""
-        (a, b, shift_x), (c, d, shift_y) = (row.unbind(1) for row in matrices[..., None, None].unbind(1))
-        determinant = a * d - b * c
-        row, column = grid(self.height, self.width, matrices.device, matrices.dtype)
-        x, right = _fixed_point(d / determinant, -b / determinant, (b * shift_y - d * shift_x) / determinant, column, row)
-        y, down = _fixed_point(-c / determinant, a / determinant, (c * shift_x - a * shift_y) / determinant, column, row)
+        columns, rows = self.coordinates(matrices)
+        position = (columns[:, :, None, :] + rows[:, :, :, None]).add_(16).bitwise_right_shift_(5)
+        (x, y), (right, down) = (position >> 5).unbind(1), (position & 31).unbind(1)
         (here, beside), (below, across) = pixels_at(packed, [y, y + 1], [x, x + 1], self.border, self.fill)
         total = ((32 - down) * ((32 - right) * here + right * beside) + down * ((32 - right) * below + right * across))
         half = packed_pixel((512, 512, 512))
@@ -220,13 +230,6 @@ def _integer(uniform: Tensor, low: int, high: int) -> Tensor:
     return low + (uniform * (high - low + 1)).trunc().clamp(max=high - low)
 
 
-def _fixed_point(in_x: Tensor, in_y: Tensor, constant: Tensor, column: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-    """The coordinate in_x * column + in_y * row + constant, as whole pixels and the remaining 32nds of a pixel."""
-    parts = (in_x * column * 1024).round() + ((in_y * row + constant) * 1024).round()
-    position = (parts.int() + 16) >> 5
-    return position >> 5, position & 31
-
-
 # ---------------------------------------------------------------- the policy
 
 class DevicePolicy:
@@ -257,6 +260,11 @@ class DevicePolicy:
         """The parameters of each transform for N images, from N x draws random numbers in [0, 1)."""
         parts = uniform.split([transform.draws for transform in self.transforms], dim=1)
         return [transform.sample(part) for transform, part in zip(self.transforms, parts, strict=True)]
+
+    def apply(self, images: Tensor, chosen: Tensor, parameters: list[Tensor]) -> Tensor:
+        """Transform and normalize the `chosen` of all images. `chosen` are int64 indices; `parameters` are those of all images.
+        Types as in a call."""
+        return self(images[chosen], [values[chosen] for values in parameters])
 
     def __call__(self, images: Tensor, parameters: list[Tensor]) -> Tensor:
         """Transform and normalize uint8 N x H x W x 3 to float32 N x 3 x H x W in channels_last memory."""

@@ -50,6 +50,6 @@ def make_batches(config: Config, images: Images, policies: Policies, device: tor
     of n images that this process makes; by default all."""
     splits = {name: getattr(images, "train" if name == "uncropped" else name) for name in policies}
     if config.batches == "device":
-        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of)
+        return DeviceBatches(splits, policies, config.batch_size, config.seed, device, share_of, config.kernels == "fused")
     return WorkerBatches(splits, policies, config.batch_size, config.seed, config.workers, device.type == "cuda",
                          share_of)

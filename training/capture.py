@@ -1,13 +1,12 @@
 """A training step recorded once as a CUDA graph, then replayed: one launch instead of some hundred."""
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from batches.timing import milliseconds
 from config import Config
 from training.distillation import Distillation
 from training.distributed import ALONE, Processes
@@ -94,7 +93,7 @@ class CapturedStep:
         except Exception as error:  # of Triton, its compiler or the driver
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         if not reason:
-            times = [_milliseconds(recording[2], self.device) for recording in (self.recordings[images.shape], plain)]
+            times = [milliseconds(recording[2], self.device) for recording in (self.recordings[images.shape], plain)]
             reason = "{:.2f} ms a step, {:.2f} with PyTorch's".format(*times)
             if times[0] < times[1]:
                 return f" with fused kernels ({reason})", ""
@@ -234,23 +233,6 @@ def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> Non
                 run()
     finally:  # restoring the state must wait for what was launched
         torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def _milliseconds(replay: Callable[[], object], device: torch.device) -> float:
-    """Of a replay, the median of three rounds of ten."""
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    rounds = []
-    for _ in range(3):
-        wait()
-        started = time.perf_counter()
-        for _ in range(10):
-            replay()
-        wait()
-        rounds.append(time.perf_counter() - started)
-    return 100 * statistics.median(rounds)
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:

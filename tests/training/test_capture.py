@@ -334,7 +334,7 @@ def fused_step(monkeypatch, device: torch.device, forward, times: tuple[float, f
     """A step with other kernels, made up as `forward` of the network; it takes the first of `times`, PyTorch's the second."""
     step = make_inner_step(device)
     measured = iter(times)
-    monkeypatch.setattr(capture, "_milliseconds", lambda *_: next(measured))
+    monkeypatch.setattr(capture, "milliseconds", lambda *_: next(measured))
     return CapturedStep(step, (lambda images: forward(step.net, images), step.own_loss))
 
 

@@ -45,11 +45,11 @@ def fake_step(config: Config, distill: bool = False):
     return make_step(net, optimizer, CUDA, config, distillation)
 
 
-def fake_batches(config: Config, train: int = 208, test: int = 50) -> DeviceBatches:
+def fake_batches(config: Config, train: int = 208, test: int = 50, fused: bool = False) -> DeviceBatches:
     splits = {name: Split(np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64))
               for name, count in (("train", train), ("test", test))}
     policies = {"train": train_policy(config, MEAN, STD), "test": normalization(MEAN, STD)}
-    return DeviceBatches(splits, policies, config.batch_size, 0, CUDA)
+    return DeviceBatches(splits, policies, config.batch_size, 0, CUDA, fused=fused)
 
 
 def run_epoch(step, batches: DeviceBatches, epoch: int = 0) -> None:
@@ -184,6 +184,27 @@ def test_an_epochs_augmentation_launches_no_more_than_it_needs(changes, kernels,
     assert launches.total[0] <= kernels, launches.kernels
     assert launches.total[1] <= megabytes, launches.bytes
     assert launches.waits == []
+
+
+def test_an_epochs_augmentation_in_one_kernel(monkeypatch):
+    """One for each part of the epoch, beside the steps; besides, PyTorch launches what makes parameters of random numbers."""
+    triton = pytest.importorskip("triton")
+    from batches.fused_policy import FusedPolicy
+
+    ran = []
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: ran.append(streams.current))
+    with fake_cuda(), second_streams() as streams:
+        batches = fake_batches(Config(batches="device"), train=50_000, fused=True)
+        policy = FusedPolicy(batches.to_fuse["train"], 32, 32, CUDA)
+        monkeypatch.setattr(device_batches, "_faster", lambda *_: policy)
+        with Launches() as launches:
+            for images, labels in batches.shuffled("train", 0):
+                assert (images.shape[1:], images.stride()[1:]) == ((3, 32, 32), (1, 96, 3))
+                (images.sum(), labels.sum())
+    assert ran == 13 * [streams.batches]
+    assert launches.total[0] - launches.kernels["sum"] <= 270, launches.kernels  # 259, of two epochs' parameters
+    assert launches.waits == []
+    assert streams.races == []
 
 
 def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
