@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from analysis.identity import describe_network
 from analysis.summary import torch_summary
-from batches.making import Batches, make_batches, make_policies, resolve_batches
+from batches.making import Batches, check_policies, make_batches, make_policies, resolve_batches
 from commands.start import STARTED, run_or_exit
 from config import Config, UserError, available_cores, net_settings
 from images.dataset import SIDE, Images
@@ -84,6 +84,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     images = images.hold_out(config.validation)
     mean, std = images.statistics
     policies = make_policies(config, mean, std)
+    check_policies(policies, images)
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
                      threads=config.threads or max(1, available_cores() // processes.local_size))
 
@@ -158,7 +159,7 @@ def run_epochs(config: Config, images: Images, batches: Batches, step: Step, wri
     first, noted = processes.broadcast(lambda: len(writer.rows)), ""
     progress = tqdm(total=config.epochs, initial=first, desc="run", leave=False, dynamic_ncols=True, bar_format=RUN_BAR,
                     disable=None if config.epochs > 1 and processes.is_first else True)
-    with progress, event_writer(config.tensorboard and processes.is_first, writer.folder, first) as events:
+    with progress, event_writer(config.tensorboard and processes.is_first, writer.folder, writer.rows) as events:
         for epoch in range(first, config.epochs):
             last = epoch == config.epochs - 1
             row = run_epoch(config, images, batches, step, epoch, last)

@@ -33,9 +33,9 @@ def describe_network(net: nn.Module) -> dict[str, Any]:
 def network_identity(net: nn.Module) -> str:
     """Hash what `net` computes, to 16 hex digits.
 
-    The hash covers the name, shape and dtype of every parameter and buffer, and what torch.fx records of a forward pass, in
-    training and in evaluation mode: each operation, its settings, and which results it takes. It covers neither the text of
-    the source nor the values of the weights, the device and the memory format.
+    The hash covers the name, shape and dtype of every parameter and buffer, whether a parameter is trained, and what torch.fx
+    records of a forward pass, in training and in evaluation mode: each operation, its settings, and which results it takes. It
+    covers neither the text of the source nor the values of the weights, the device and the memory format.
 
     Where torch.fx can't follow the code (an `if` on the values or the size of a tensor), the hash covers all layers with
     their settings, and the source files of their classes without comments, docstrings and layout. Then a renamed variable or
@@ -84,10 +84,12 @@ def _trace(net: nn.Module, training: bool) -> Iterator[list[Any]]:
 
 
 def _describe_tensors(net: nn.Module) -> dict[str, list[Any]]:
-    """Shape and dtype of each parameter and buffer by name, and the first name of the same tensor where it has several."""
+    """Shape and dtype of each parameter and buffer by name, the first name of the same tensor where it has several, and whether
+    it is a parameter that isn't trained."""
     first: dict[int, str] = {}
     tensors = {**dict(net.named_parameters(remove_duplicate=False)), **dict(net.named_buffers(remove_duplicate=False))}
-    return {name: [list(tensor.shape), str(tensor.dtype), first.setdefault(id(tensor), name)]
+    return {name: [list(tensor.shape), str(tensor.dtype), first.setdefault(id(tensor), name),
+                   *(["frozen"] if isinstance(tensor, nn.Parameter) and not tensor.requires_grad else [])]
             for name, tensor in sorted(tensors.items())}
 
 

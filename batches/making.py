@@ -1,9 +1,11 @@
 """Make the batches of a run: whole ones on the device, or image by image in worker processes."""
 
+import copy
 from collections.abc import Callable
 
 import albumentations as A
 import torch
+from albumentations.pytorch import ToTensorV2
 
 from batches.augmentation import test_policy, train_policy, uncropped_policy
 from batches.device_batches import DeviceBatches
@@ -20,8 +22,23 @@ def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...
     """The policy of each split, and of training without a crop where an epoch has none. `mean` and `std` are each channel's, as
     fractions of 255."""
     normalization = test_policy(mean, std)
+    if [type(each) for each in normalization.transforms if type(each) is not ToTensorV2] != [A.Normalize]:
+        raise UserError("the test policy in batches/augmentation.py must be A.Normalize alone: predict and export do nothing "
+                        "else to an image")
     policies = {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
     return policies | ({"uncropped": uncropped_policy(config, mean, std)} if uncropped_epochs(vars(config)) else {})
+
+
+def check_policies(policies: Policies, images: Images) -> None:
+    """Raise UserError unless each policy makes float32 images of three channels and of one size from the first few images."""
+    for name, policy in policies.items():
+        tried = copy.deepcopy(policy)  # whose random generators are its own
+        made = [tried(image=image)["image"] for image in images.train.images[:8]]
+        shapes = {tuple(image.permute(1, 2, 0).shape if isinstance(image, torch.Tensor) else image.shape) for image in made}
+        if len(shapes) > 1 or any(len(shape) != 3 or shape[2] != 3 for shape in shapes):
+            found = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
+            raise UserError(f"the policy of {name} images in batches/augmentation.py makes images of {found}, but must make "
+                            "height x width x 3, of one size")
 
 
 def resolve_batches(batches: str, policies: Policies, images: Images, device: torch.device) -> str:

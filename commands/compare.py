@@ -33,8 +33,8 @@ def _reference() -> Run:
     try:
         return read_run(REFERENCE)
     except UserError as error:
-        raise UserError(f"the reference run is missing or damaged ({error}): restore it with git -C "
-                        f"{shlex.quote(str(PROGRAM))} checkout -- logs/reference") from error
+        raise UserError(f"the reference run can't be read ({error}): restore it with git -C {shlex.quote(str(PROGRAM))} "
+                        "checkout -- logs/reference, or undo edits of config.py that don't fit it") from error
 
 
 def _folders(log_dir: Path, names: Sequence[str]) -> list[Path]:

@@ -21,6 +21,10 @@ def parse(line: list[str]) -> Namespace:
     verbs: dict[str, Callable[[list[str]], Namespace]] = {
         "train": _parse_train, "sweep": _parse_sweep, "compare": _parse_compare, "plot": _parse_plot, "test": _parse_test,
         "predict": _parse_predict, "export": _parse_export}
+    for name, field in SETTINGS.items():
+        if field.type not in (str, int, float, bool) or not field.metadata:
+            raise UserError(f"the defaults in config.py: {name} must be declared as {name}: TYPE = setting(DEFAULT, MEANING), "
+                            "with TYPE str, int, float or bool")
     try:
         Config()
     except UserError as error:
@@ -52,12 +56,13 @@ class Parser(argparse.ArgumentParser):
                                                      if word.startswith("-") else ""))
         return arguments
 
-    def add_setting(self, name: str, **how: Any) -> None:
-        """A flag for a setting, absent from the result where it isn't given. `how` replaces how it is read."""
+    def add_setting(self, name: str, default_text: str | None = None, **how: Any) -> None:
+        """A flag for a setting, absent from the result where it isn't given. `default_text` replaces the default in its help,
+        `how` how it is read."""
         field = SETTINGS[name]
         if not how:
             how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "VALUE"}
-        meaning = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        meaning = f"{field.metadata['help']} (default: {default_text or repr(field.default)})".replace("%", "%%")
         self.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **how)
 
     def add_recipe(self) -> None:
@@ -143,7 +148,9 @@ def _parse_sweep(line: list[str]) -> Namespace:
         if name in MACHINE_SETTINGS:
             parser.add_setting(name)
         elif name != "seed":
-            alone = {"nargs": "?", "const": [True]} if field.type is bool else {}  # --nesterov, as where a run is trained
+            alone: dict[str, Any] = {}
+            if field.type is bool:
+                alone = {"nargs": "?", "const": [True]}  # --nesterov, as where a run is trained
             parser.add_setting(name, type=_values(field), metavar="VALUE[,VALUE]", **alone)
     given = vars(parser.parse(line))
     seeds, one_at_a_time, recipe = (given.pop(name) for name in ("seeds", "one_at_a_time", "recipe"))
@@ -248,7 +255,7 @@ def _finished_run_parser(verb: str, description: str, *settings: str, run: str =
     parser.add_argument(run, metavar="RUN", **how, help=f"a run's --name, its folder's name under logs/runs, {path}; the "
                         "newest finished run if none is named")
     for name in settings:
-        parser.add_setting(name)
+        parser.add_setting(name, default_text="where the run had its images" if name == "data_dir" else None)
     parser.add_argument("--model", metavar="FILE",
                         help="use the network of this model.py, such as RUN/model.py; the file is run as code")
     parser.set_defaults(**{name: None if name == "data_dir" else getattr(Config, name) for name in settings})

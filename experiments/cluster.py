@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import traceback
 import warnings
@@ -232,6 +234,7 @@ def _connected(ray: Any, address: str | None, variables: Mapping[str, str]) -> I
     else:
         options |= {"address": "local", "include_dashboard": False, "num_cpus": available_cores(),
                     "_node_ip_address": "127.0.0.1"}
+    _check_address(address)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         ray.init(**options)
@@ -246,6 +249,18 @@ def _connected(ray: Any, address: str | None, variables: Mapping[str, str]) -> I
         yield
     finally:
         ray.shutdown()
+
+
+def _check_address(address: str | None) -> None:
+    """Raise UserError where nothing answers at the host and port of an address: Ray would wait for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^/\[\]]+)\]?:(\d{1,5})", address or "")
+    if not found:  # none, or "auto"
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"Ray can't be reached at {address}: start it there (ray start --head), or leave the address out "
+                        f"({error})") from error
 
 
 def _environment(address: str | None, variables: Mapping[str, str]) -> dict[str, Any]:

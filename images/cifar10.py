@@ -79,7 +79,7 @@ def _download(root: Path) -> None:
     except (ImportError, RuntimeError, OSError, AttributeError) as error:
         raise UserError(printable(f"CIFAR-10 is downloaded with torchvision, which can't be imported ({error}): install the "
                                   "release that fits torch, or train on --dataset folder or synthetic")) from error
-    made = not root.exists()
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
@@ -90,9 +90,9 @@ def _download(root: Path) -> None:
     except (OSError, RuntimeError, HTTPException) as error:  # URLError is an OSError; a wrong MD5, a RuntimeError
         if (root / BATCHES_FOLDER).exists():
             return  # another run was quicker
-        if made:
-            with suppress(OSError):
-                root.rmdir()
+        with suppress(OSError):
+            for folder in made:
+                folder.rmdir()
         ways = ("add --dataset folder to train on the images in its train/<class>" if has_training_classes(root) else
                 f"put {BATCHES_FOLDER} there, name its folder with --data-dir, or train on --dataset folder or "
                 "--dataset synthetic")

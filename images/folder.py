@@ -16,12 +16,16 @@ from config import UserError
 from images.dataset import SIDE, Images, Split, empty_split
 from images.decoding import decode_all
 from images.leftovers import remove_leftovers
-from images.names import printable
+from images.names import plural, printable
 
 TRAINING_SUFFIXES = {".png", ".jpg", ".jpeg"}
 SPLITS = ("train", "test")
 LISTED_CLASSES = 10
 CACHE_HEADERS = 10_000  # bytes at most that the cache holds beside the pixels
+
+
+class FolderMissing(UserError):
+    """There is no folder of training or test images."""
 
 
 @dataclass
@@ -84,14 +88,15 @@ def _class_names(root: Path) -> tuple[str, ...]:
             f"the classes differ: in {root / 'train'} only: {_some(set(train) - set(test))}; in {root / 'test'} only: "
             f"{_some(set(test) - set(train))}; every class needs a folder of its name in both"))
     if len(train) < 2:
-        raise UserError(printable(f"{root / 'train'} holds {len(train)} class folders, but training needs at least two"))
+        raise UserError(printable(f"{root / 'train'} holds {plural(len(train), 'class folder')}, but training needs at least "
+                                  "two"))
     return tuple(train)
 
 
 def _class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise UserError(printable(f"there is no folder {folder}: --dataset folder needs DIR/train/<class>/* and "
-                                  "DIR/test/<class>/* in the DIR that --data-dir names"))
+        raise FolderMissing(printable(f"there is no folder {folder}: --dataset folder needs DIR/train/<class>/* and "
+                                      "DIR/test/<class>/* in the DIR that --data-dir names"))
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
@@ -105,9 +110,10 @@ def _image_files(folder: Path) -> list[os.DirEntry[str]]:
     entries = sorted((entry for entry in os.scandir(folder) if not entry.name.startswith(".")), key=lambda entry: entry.name)
     files = [entry for entry in entries if Path(entry.name).suffix.lower() in TRAINING_SUFFIXES and entry.is_file()]
     if not files:
-        raise UserError(printable(f"{folder} holds no PNG or JPEG files"))
+        raise UserError(printable(f"{folder} holds no PNG or JPEG files: put the images of its class directly there"))
     if len(files) < len(entries):
-        print(printable(f"{folder}: {len(entries) - len(files)} files that are not PNG or JPEG are left out"), file=sys.stderr)
+        print(printable(f"{folder}: left out {len(entries) - len(files)} of {len(entries)} entries, which are no PNG or JPEG "
+                        "files"), file=sys.stderr)
     return files
 
 

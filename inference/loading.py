@@ -10,7 +10,9 @@ from torch import nn
 
 from batches.making import Batches, Policies, make_batches, make_policies, resolve_batches
 from config import SETTINGS, Config, UserError, available_cores
+from images.cifar10 import DatasetMissing
 from images.dataset import Images
+from images.folder import FolderMissing
 from images.loading import load_images
 from inference.network import build_trained_net
 from runs.checkpoint import read_places
@@ -42,7 +44,11 @@ def load_trained(arguments: Namespace) -> Trained:
     weights = read_weights(find_weights(Path(arguments.log_dir), arguments.run))
     net = build_trained_net(weights, arguments.model)  # before any image is downloaded
     config = _restore_config(weights, arguments)
-    images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
+    try:
+        images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
+    except (DatasetMissing, FolderMissing) as error:
+        raise UserError(f"the images that {weights.path} was trained on are not in {config.data_dir}: name the folder that "
+                        "holds them with --data-dir") from error
     if not weights.trained_on(images):
         raise UserError(f"the images in {config.data_dir} are not those that {weights.path} was trained on: name their folder "
                         "with --data-dir")

@@ -1,10 +1,12 @@
 """The network of trained weights: that of model.py, or of another file that the user names."""
 
+import inspect
 import shlex
 import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -47,17 +49,27 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
     num_classes = len(weights.class_names)
     try:
         with as_user_errors():
-            net = net_class(num_classes, **net_settings(weights.config))
+            net = net_class(num_classes, **_taken(net_class, net_settings(weights.config)))
     except UserError:
         raise
     except Exception as error:  # a model.py that the user named may raise anything
-        raise UserError(f"Net of {model or MODEL} must take num_classes, dropout and width ({error})") from error
+        settings = ", ".join(net_settings(weights.config))
+        raise UserError(f"Net of {model or MODEL} must take num_classes, and of {settings} those that it has "
+                        f"({error})") from error
     if not isinstance(net, nn.Module):
         raise UserError(f"Net of {model or MODEL} must return a torch.nn.Module, and returned {type(net).__name__}")
     weights.check_identity(net, model or MODEL, _remedy(weights, model))
     weights.load_into(net, _remedy(weights, model))
     check_output(net, num_classes)
     return net
+
+
+def _taken(net_class: Callable[..., nn.Module], settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that `net_class` takes: an older model.py may lack some, which had no effect then."""
+    parameters = inspect.signature(net_class).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return settings
+    return {name: value for name, value in settings.items() if name in parameters}
 
 
 def _remedy(weights: Weights, model: str | None) -> str:

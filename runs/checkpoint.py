@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, checked by SHA-256, and read without running code from the file."""
 
+import contextlib
 import copy
 import hashlib
 import io
@@ -20,7 +21,8 @@ from runs.record import Record, check_record
 
 State = dict[str, Any]
 KEYS = {"net", "optimizer", "rows", "record", "places"}  # what every checkpoint has; `best` where images are held out
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+          torch.uint8, torch.bool)
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -91,7 +93,7 @@ def unpack(path: Path) -> State:
 
 
 def _check_state(state: Any, path: Path) -> None:
-    """Raise UserError unless `state` has the parts of a checkpoint, each of its type, and finite tensors."""
+    """Raise UserError unless `state` has the parts of a checkpoint, each of its type, and no tensor with a NaN."""
     if not isinstance(state, dict) or not state.keys() >= KEYS:
         raise UserError("a part is missing")
     best, optimizer, places = state.get("best"), state["optimizer"], state["places"]
@@ -115,7 +117,7 @@ def _is_net(value: Any) -> bool:
 
 def _is_tensor(value: Any) -> bool:
     plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested and value.dtype in DTYPES
-    return plain and bool(value.isfinite().all())
+    return plain and not value.isnan().any()  # infinity may stand in a buffer, such as a mask
 
 
 def read_newest(folder: Path) -> tuple[State, list[str]]:
@@ -131,9 +133,9 @@ def read_newest(folder: Path) -> tuple[State, list[str]]:
 
 
 def read_places(folder: Path) -> dict[str, str]:
-    """Where the run in `folder` had its images, its logs and its teacher: data_dir, log_dir and teacher, by its checkpoint.
-    Empty where it has none."""
-    try:
-        return unpack(folder / CHECKPOINT)["places"]
-    except CheckpointCorrupt:
-        return {}
+    """Where the run in `folder` had its images, its logs and its teacher: data_dir, log_dir and teacher, by its newest valid
+    checkpoint. Empty where it has none."""
+    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+        with contextlib.suppress(CheckpointCorrupt):
+            return unpack(folder / name)["places"]
+    return {}

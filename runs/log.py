@@ -127,4 +127,5 @@ def _is_row(row: object) -> bool:
         return False
     if type(row["epoch"]) is not int or not all(type(value) in (int, float) for value in row.values()):
         return False
-    return all(math.isnan(value) or 0 <= value <= (100 if name.endswith("_acc") else math.inf) for name, value in row.items())
+    return all(math.isnan(value) or (0 <= value <= 100 if name.endswith("_acc") else abs(value) < math.inf)
+               for name, value in row.items())  # a loss of the user's own may be negative

@@ -114,22 +114,15 @@ def check_record(record: object, path: Path) -> None:
     keys = [*record["config"], *record["machine"], *record["versions"]]
     scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
     valid = (all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
-             and all(_is_setting(name, value) for name, value in record["config"].items())
              and isinstance(procedure, dict) and all(isinstance(text, str) for text in (*procedure, *procedure.values())))
     if not valid or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
-
-
-def _is_setting(name: str, value: Any) -> bool:
-    """Whether `value` is valid for the setting. Names that this version doesn't have are accepted, and so is the older true or
-    false of `capture`."""
-    if name not in SETTINGS or (name == "capture" and isinstance(value, bool)):
-        return True
-    try:
-        check_setting(SETTINGS[name], value)
-    except UserError:
-        return False
-    return True
+    for name, value in record["config"].items():
+        if name in SETTINGS and not (name == "capture" and isinstance(value, bool)):  # as it once was
+            try:
+                check_setting(SETTINGS[name], value)
+            except UserError as error:
+                raise UserError(f"{path} is damaged, or was made with another config.py: {error}") from error
 
 
 def _matches(value: object, shape: Any) -> bool:

@@ -1,7 +1,7 @@
 """TensorBoard event files: the figures of a run's log, an epoch a step."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,9 @@ def check_tensorboard() -> None:
 
 
 @contextmanager
-def event_writer(wanted: bool, folder: Path, epoch: int) -> Iterator["SummaryWriter | None"]:
-    """A writer of event files into `folder`, or None. Earlier events of `epoch` and later are purged."""
+def event_writer(wanted: bool, folder: Path, rows: Sequence[Row]) -> Iterator["SummaryWriter | None"]:
+    """A writer of event files into `folder`, or None. Begins with `rows`, the epochs so far, in place of all earlier events: a
+    crash may have come between a row and its events."""
     if not wanted:
         yield None
         return
@@ -31,7 +32,9 @@ def event_writer(wanted: bool, folder: Path, epoch: int) -> Iterator["SummaryWri
 
     hook, threading.excepthook = threading.excepthook, lambda _: None  # its thread's errors come here too, when it is flushed
     try:
-        with SummaryWriter(str(folder), purge_step=epoch) as writer:
+        with SummaryWriter(str(folder), purge_step=0) as writer:
+            for row in rows:
+                write_events(writer, row)
             yield writer
     finally:
         threading.excepthook = hook

@@ -18,7 +18,7 @@ from config import Config, UserError, net_settings
 from images.dataset import Images
 from model import Net
 from runs.files import write
-from runs.finding import find_finished
+from runs.finding import PROGRAM, find_finished
 from runs.record import FINAL, MODEL
 
 
@@ -75,7 +75,7 @@ def find_weights(log_dir: Path, name: str | None) -> Path:
     """The .safetensors file that is named, or the final weights of the newest finished run that matches `name`."""
     if name is None or Path(name).suffix != ".safetensors":
         return find_finished(log_dir, name) / FINAL
-    path = next((path for path in (Path(name), log_dir / "runs" / name) if path.is_file()), None)
+    path = next((path for path in (Path(name), log_dir / "runs" / name, PROGRAM / name) if path.is_file()), None)
     if path is None:
         raise UserError(f"there is no file {name}, also not below {log_dir / 'runs'}: name a run, or a .safetensors file "
                         "of one")
@@ -108,8 +108,8 @@ def read_weights(path: Path) -> Weights:
         if metadata.get("sha256", digest) != digest or metadata.get("header_sha256", _header_digest(header)) != _header_digest(
                 header):
             raise ValueError("its checksum is wrong")
-        if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError("not all its weights are finite")
+        if any(tensor.isnan().any() for tensor in tensors.values()):
+            raise ValueError("some of its weights are not numbers")
         mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "standard_deviation"))
         if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
             raise ValueError("its mean and standard deviation are not those of three channels")

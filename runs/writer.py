@@ -26,7 +26,7 @@ from training.errors import Diverged
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
 DATE = "%Y-%m-%d_%H-%M-%S"  # the name of a run's folder; its --name follows
-MODEL_SOURCE = Path(__file__).parents[1] / "model.py"
+MODEL_SOURCE = (Path(__file__).parents[1] / MODEL).read_bytes()  # now: a user may edit it while runs of a sweep are made
 
 
 class RunWriter:
@@ -167,7 +167,7 @@ def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.o
     state = make_state(net, optimizer, [], record, places)
     stem = time.strftime(DATE) + (f"-{config.name}" if config.name else "")
     folder = make_run_folder(Path(config.log_dir), stem, {
-        CONFIG: as_json(record), MODEL: MODEL_SOURCE.read_bytes(), CHECKPOINT: pack(state)})
+        CONFIG: as_json(record), MODEL: MODEL_SOURCE, CHECKPOINT: pack(state)})
     try:
         lock = lock_run(folder)
     except NoFileLocks:
@@ -192,8 +192,9 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, 
     loaded: dict[int, dict[str, Any]] = {index: dict(values) for index, values in state.items()}
     for index, values in loaded.items():
         for name, value in values.items():
-            if value is not None and value.shape != (torch.Size() if name == "step" else parameters[index].shape):
-                raise ValueError(f"the optimizer's state of parameter {index} has the shape {value.shape}")
-            if value is not None and name != "step":  # the parameter's memory format: fused optimizers want no other
+            alike = value is not None and value.shape == parameters[index].shape
+            if value is not None and name == "momentum_buffer" and not alike:
+                raise ValueError(f"the momentum of parameter {index} has the shape {value.shape}")
+            if alike:  # the parameter's memory format: fused optimizers want no other
                 values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})

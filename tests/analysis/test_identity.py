@@ -75,6 +75,7 @@ def test_what_computes_the_same_is_the_same(changes, tmp_path):
     ("nn.AdaptiveAvgPool2d(1)", "nn.AdaptiveMaxPool2d(1)"),
     ("nn.AdaptiveAvgPool2d(1)", "nn.AdaptiveAvgPool2d(2)"),
     ("self.head", "self.classifier"),
+    ("    def forward(self, images", "        self.input_block.requires_grad_(False)\n\n    def forward(self, images"),
 ])
 def test_what_computes_something_else_differs(change, tmp_path):
     assert network_identity(edited(tmp_path, change)()) != network_identity(Net())

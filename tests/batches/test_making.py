@@ -115,6 +115,25 @@ def test_a_run_augments_its_training_images_only(run, pictures, monkeypatch):
         assert (tuple(normalization.mean), tuple(normalization.std)) == (mean, std)
 
 
+@pytest.mark.parametrize(("transform", "found"), [
+    (A.RandomSizedCrop((20, 30), (24, 24), p=0.5), "24 x 24 x 3 and 32 x 32 x 3"),
+    (A.ToGray(num_output_channels=1), "32 x 32")])
+def test_a_policy_whose_images_fit_no_batch_is_named_before_the_run_begins(run, tmp_path, monkeypatch, transform, found):
+    monkeypatch.setattr("batches.making.train_policy", lambda *_: A.Compose([transform]))
+    status, _, err = run("--epochs", "1")
+    assert status == 2
+    assert f"the policy of train images in batches/augmentation.py makes images of {found}" in one_line(err)
+    assert not list((tmp_path / "logs").glob("runs/*"))
+
+
+def test_test_images_are_normalized_and_nothing_else(run, monkeypatch):
+    """Because predict and export do no more."""
+    monkeypatch.setattr("batches.making.test_policy", lambda mean, std: A.Compose([A.Resize(64, 64), A.Normalize(mean, std)]))
+    status, _, err = run("--epochs", "1")
+    assert status == 2
+    assert "the test policy in batches/augmentation.py must be A.Normalize alone" in one_line(err)
+
+
 def test_a_run_whose_policy_cannot_run_on_the_device(run, tmp_path, monkeypatch):
     noisy = A.Compose([A.GaussNoise(), A.Normalize((0.5,) * 3, (0.2,) * 3)])
     monkeypatch.setattr("batches.making.train_policy", lambda *_: noisy)

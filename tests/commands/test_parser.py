@@ -1,5 +1,6 @@
 """The command line, without running it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from commands.parser import parse
-from config import RECIPES, Config, UserError
+from config import RECIPES, SETTINGS, Config, UserError
 
 
 def test_help_shows_every_setting_with_its_default_and_loads_no_torch():
@@ -44,6 +45,29 @@ def test_a_wrong_default_is_named_before_anything_is_done(monkeypatch, line):
     monkeypatch.setitem(Config.__init__.__kwdefaults__, "epochs", 80.0)
     with pytest.raises(UserError, match=r"the defaults in config\.py: --epochs is 80\.0, but must be of type int"):
         parse(line)
+
+
+@pytest.mark.parametrize("field", [
+    dataclasses.field(default=(1, 2), metadata=SETTINGS["seed"].metadata), dataclasses.field(default=3)])
+def test_a_setting_that_no_record_can_hold_is_named(monkeypatch, field):
+    field.name, field.type = "steps", type(field.default)
+    monkeypatch.setitem(SETTINGS, "steps", field)
+    with pytest.raises(UserError, match=r"the defaults in config\.py: steps must be declared as steps: TYPE = setting"):
+        parse(["--epochs", "1"])
+
+
+def test_a_home_folder_is_found_also_where_the_shell_leaves_its_sign(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = parse(["--data-dir=~/data", "--log-dir=~/logs"]).config
+    assert (config.data_dir, config.log_dir) == ("/home/me/data", "/home/me/logs")
+
+
+@pytest.mark.parametrize("verb", ["test", "plot", "export"])
+def test_the_help_tells_where_the_images_of_a_run_are_looked_for(verb, capsys):
+    with pytest.raises(SystemExit):
+        parse([verb, "--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "train/<class>/* and test/<class>/* (default: where the run had its images)" in out
 
 
 @pytest.mark.parametrize(("line", "words"), [

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -80,6 +81,20 @@ def test_the_install_line_is_told_where_ray_is_missing(line, command, monkeypatc
     status, _, err = command(*line("--seeds", "2", "--on", "ray"))
     assert status == 2
     assert "python -m pip install -r requirements-ray.txt" in one_line(err)
+
+
+def test_a_cluster_that_does_not_answer_is_told_at_once(line, command, monkeypatch):
+    pytest.importorskip("ray")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # and doesn't listen
+        address = "127.0.0.1:{1}".format(*unused.getsockname())
+        for given, variable in ((f"ray://{address}", ""), ("ray", address)):
+            monkeypatch.setenv("RAY_ADDRESS", variable)
+            started = time.monotonic()
+            status, _, err = command(*line("--seeds", "2", "--on", given))
+            assert status == 2
+            assert f"Ray can't be reached at {variable or given}: start it there" in one_line(err)
+            assert time.monotonic() - started < 5
 
 
 # ---------------------------------------------------------------- what a worker does

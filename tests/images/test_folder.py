@@ -54,8 +54,8 @@ def test_other_files_are_left_out_with_a_notice(tmp_path, capsys):
         os.mkfifo(root / "test" / "ring" / "pipe.png")
     assert len(image_folder(root).train) == 6
     err = capsys.readouterr().err
-    assert "disc: 1 files that are not PNG or JPEG are left out" in err
-    assert f"ring: {2 if hasattr(os, 'mkfifo') else 1} files that are not PNG or JPEG are left out" in err
+    assert "disc: left out 1 of 3 entries, which are no PNG or JPEG files" in err
+    assert f"ring: left out {2 if hasattr(os, 'mkfifo') else 1} of" in err
 
 
 # ---------------------------------------------------------------- what is refused
@@ -87,7 +87,7 @@ def damage(kind: str, root: Path) -> None:
     ("no train", "there is no folder .*train"),
     ("lone class", r"in \S*train only: extra; in \S*test only: none; every class needs a folder"),
     ("renamed class", r"in \S*train only: ring; in \S*test only: rings; every class needs a folder"),
-    ("empty class", "void holds no PNG or JPEG"), ("one class", "holds 1 class folders"),
+    ("empty class", "void holds no PNG or JPEG"), ("one class", "holds 1 class folder,"),
     ("truncated", r"broken.jpg is not a whole image"), ("text", r"text.png is not a whole image")])
 def test_a_wrong_folder_is_refused_by_name(tmp_path, kind, words):
     root = write_folder(tmp_path, 2, 1)
@@ -122,7 +122,7 @@ def test_names_of_classes_are_escaped_where_they_are_shown(tmp_path, capsys):
     (root / "train" / name / "notes.txt").write_text("x")
     data = image_folder(root)
     assert name in data.class_names
-    assert r"red\x1b[31m\nline: 1 files" in capsys.readouterr().err
+    assert r"red\x1b[31m\nline: left out 1 of 3" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"class red\\x1b\[31m\\nline has only 2"):
         Images("folder", (name, "other"), data.train, data.test, data.validation).hold_out(6)
     (root / "test" / name).rename(root / "test" / "blue")

@@ -50,9 +50,10 @@ def test_without_data_and_network_auto_is_a_demonstration(tmp_path, capsys):
 
 @pytest.mark.usefixtures("offline")
 def test_a_named_folder_without_cifar10_is_an_error_not_a_demonstration(tmp_path):
-    for name in (tmp_path / "none", tmp_path):
+    for name in (tmp_path / "none" / "within", tmp_path):
         with pytest.raises(UserError, match=r"CIFAR-10 is not in .* and could not be downloaded .*--dataset synthetic"):
             load_images("auto", str(name))
+    assert not list(tmp_path.iterdir())  # of the folders that were made
 
 
 @pytest.mark.usefixtures("offline")

@@ -15,6 +15,7 @@ from inference.loading import load_trained
 from inference.network import build_trained_net, load_net_class
 from model import Net
 from runs.weights import read_weights, save_weights
+from runs.writer import MODEL_SOURCE
 
 PLAIN = (ROOT / "model.py").read_text()
 OTHER = PLAIN.replace("nn.ReLU(),", "nn.LeakyReLU(0.5),")  # the same parameters, other results
@@ -48,7 +49,9 @@ def test_the_images_are_where_the_run_had_them_unless_others_are_named(tmp_path,
     assert load_trained(arguments(folder, data_dir=str(moved))).config.data_dir == str(moved)
     with pytest.raises(UserError, match=r"the images in .* are not those that .* was trained on: name .* --data-dir"):
         load_trained(arguments(folder, data_dir=str(pictures)))
-    (folder / "checkpoint.pt").unlink()  # then in Config's default
+    (folder / "checkpoint.pt").write_bytes(b"damaged")  # then by the one before
+    assert load_trained(arguments(folder)).config.data_dir == str(learned_run() / "pictures")
+    (folder / "checkpoint.previous.pt").unlink()  # then in Config's default
     moved.rename(tmp_path / "data")
     assert load_trained(arguments(folder)).config.data_dir == "data"
 
@@ -127,12 +130,21 @@ def test_a_network_that_computes_the_same_is_no_other_one(tmp_path):
     build_trained_net(read_weights(folder / "final.safetensors"), str(tmp_path_model(tmp_path, OTHER)))
 
 
+def test_an_older_model_needs_no_setting_that_came_later(command, tmp_path):
+    folder = copy_learned_run(tmp_path)
+    older = MODEL_SOURCE.decode().replace(", dropout: float = 0.0, width: int = 1)", ")").replace(
+        "super().__init__()", "super().__init__()\n        dropout, width = 0.0, 1")
+    before = command("test", folder, "--device", "cpu")
+    assert before[0] == 0
+    assert command("test", folder, "--device", "cpu", "--model", tmp_path_model(tmp_path, older)) == before
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("", "has no class Net"), ("Net = 3", "has no class Net"), ("class Net: pass", "has no class Net"),
     ("def broken(", "can't be imported (SyntaxError"), ("import nothing", "can't be imported (ModuleNotFoundError"),
     ("1 / 0", "can't be imported (ZeroDivisionError"), ("raise SystemExit(3)", "can't be imported (SystemExit"),
     ("raise MemoryError", "out of memory"), ("\0", "can't be imported"),
-    ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes, dropout and width"),
+    ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes, and of dropout, width those that it has"),
     ("def Net(*_, **__): return 5", "must return a torch.nn.Module, and returned int"),
     (PLAIN.replace(".flatten(1)", ""), "the network returns 2 x 3 x 1 x 1 for 2 images")])
 def test_a_model_that_cannot_be_used_is_one_line(command, tmp_path, text, words):
@@ -206,6 +218,6 @@ def test_weights_that_cannot_be_used_are_one_line(command, tmp_path):
     broken = Net(3)
     broken.head[1].bias.data[0] = float("nan")
     save_weights(path, broken.state_dict(), metadata)
-    assert "not all its weights are finite" in refused()
+    assert "some of its weights are not numbers" in refused()
     save_weights(path, nn.Linear(2, 2).state_dict(), metadata)
     assert "does not hold weights of the network" in refused()

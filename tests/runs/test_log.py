@@ -80,7 +80,7 @@ def test_the_config_line_shows_what_differs_from_the_defaults():
     b"", b"\xff\xfe", b"epoch lr\n0 0.1 7\n", b"epoch lr\n0 x\n", b"lr epoch\n", b"what is this",
     b"epoch lr train_loss train_acc test_loss test_acc seconds\n0 0.1 1 50 1 50 1\n2 0.1 1 50 1 50 1\n",
     b"epoch lr train_loss train_acc test_loss test_acc seconds\n0 0.1 1 101 1 1 1\n",
-    b"epoch lr train_loss train_acc test_loss test_acc seconds\n0 0.1 1 50 -1 1 1\n"])
+    b"epoch lr train_loss train_acc test_loss test_acc seconds\n0 0.1 1 50 1 -1 1\n"])
 def test_a_damaged_log_is_named(tmp_path, content):
     (tmp_path / "model_accuracy.log").write_bytes(content)
     with pytest.raises(UserError, match=r"model_accuracy\.log"):

@@ -91,7 +91,7 @@ def test_what_cannot_be_plotted_is_one_line(run, command, tmp_path, pictures):
     assert run("--epochs", "1")[0] == 0
     folder = only_run(tmp_path)
     assert "there is no run 'nothing'" in plot("nothing")
-    assert "there is no" in plot("--data-dir", tmp_path / "nowhere")
+    assert "nowhere: name the folder that holds them with --data-dir" in plot("--data-dir", tmp_path / "nowhere")
     other = tmp_path / "other"
     for source in pictures.rglob("*.png"):
         target = other / source.relative_to(pictures)

@@ -17,6 +17,7 @@ import albumentations as A
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SMALL,
     at_epoch,
     edit,
@@ -34,6 +35,7 @@ from safetensors.torch import load_file
 
 import main
 from config import Config, UserError
+from inference import network
 from model import Net
 from runs import checkpoint, weights, writer
 from runs.checkpoint import copy_state, make_state, pack, read_newest, unpack
@@ -41,6 +43,7 @@ from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, r
 from runs.record import read_run
 from runs.resuming import load_unfinished
 from training.errors import StopRequested, as_user_errors, stop_on_signals
+from training.metrics import Metrics
 
 
 @pytest.fixture
@@ -159,6 +162,46 @@ def test_a_run_does_not_go_on_with_another_procedure(run, tmp_path, stop_in_epoc
         assert words in one_line(err)
     assert run("--resume")[0] == 0
     assert weights_of(only_run(tmp_path)) == weights_of(uninterrupted)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.NAdam, torch.optim.ASGD, torch.optim.Adafactor])
+def test_a_run_with_another_optimizer_resumes_exactly(run, tmp_path, stop_in_epoch, monkeypatch, optimizer):
+    """Also where its state has other shapes than the weights."""
+    edit(monkeypatch, "make_optimizer", lambda net, config, device: optimizer(net.parameters(), lr=config.lr))
+    assert run("--epochs", "2", "--log-dir", tmp_path / "whole")[0] == 0
+    stop_in_epoch(1)
+    assert run("--epochs", "2")[0] == 130
+    assert run("--resume")[0] == 0
+    assert weights_of(only_run(tmp_path)) == weights_of(find_runs(tmp_path / "whole")[0])
+
+
+def test_a_run_with_a_negative_loss_and_masks_resumes_and_is_used(run, command, tmp_path, stop_in_epoch, monkeypatch):
+    class Masked(Net):
+        def __init__(self, *given, **settings):
+            super().__init__(*given, **settings)
+            self.register_buffer("mask", torch.full((2, 2), -torch.inf).triu(1))
+            self.register_buffer("bytes", torch.ones(2, dtype=torch.uint8))
+
+    for module in (main, network):
+        monkeypatch.setattr(module, "Net", Masked)
+    add = Metrics.add
+    monkeypatch.setattr(Metrics, "add", lambda self, loss, *given: add(self, loss - 5, *given))
+    stop_in_epoch(1)
+    assert run("--epochs", "2")[0] == 130
+    assert run("--resume")[0] == 0
+    folder = only_run(tmp_path)
+    assert read_run(folder).rows[-1]["train_loss"] < 0
+    assert command("test", folder, "--device", "cpu")[0] == 0
+
+
+def test_the_model_file_of_a_run_is_the_one_that_was_imported(tmp_path, monkeypatch):
+    """A user may edit it while the runs of a sweep are made."""
+    assert (ROOT / "model.py").read_bytes() == writer.MODEL_SOURCE
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail(f"{path} was read"))
+    net = torch.nn.Linear(1, 1)
+    run = writer.start_run(Config(log_dir=str(tmp_path)), example_record(), net, torch.optim.SGD(net.parameters()))
+    monkeypatch.undo()
+    assert (run.folder / "model.py").read_bytes() == writer.MODEL_SOURCE
 
 
 def test_a_running_run_is_not_resumed(run, tmp_path, stop_in_epoch):

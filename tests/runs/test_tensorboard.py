@@ -32,9 +32,9 @@ def test_event_files_hold_the_rows_also_of_a_resumed_run(run, tmp_path, monkeypa
 
 
 def test_an_epoch_that_is_repeated_after_a_crash_counts_once(tmp_path):
-    for first, value in ((0, 1.0), (1, 2.0)):
-        with event_writer(True, tmp_path, first) as writer:
-            for epoch in range(first, 3):
+    for rows, value in (([], 1.0), ([{"epoch": 0, "lr": 1.0}], 2.0)):
+        with event_writer(True, tmp_path, rows) as writer:
+            for epoch in range(len(rows), 3):
                 write_events(writer, {"epoch": epoch, "lr": value})
     assert scalars(tmp_path) == {"lr": [(0, 1.0), (1, 2.0), (2, 2.0)]}
 
@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, monkeypatch, cap
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space left"), event_writer(True, tmp_path, 0) as writer:  # noqa: PT012
+    with pytest.raises(OSError, match="No space left"), event_writer(True, tmp_path, []) as writer:  # noqa: PT012
         monkeypatch.setattr(writer._get_file_writer().event_writer._async_writer._writer, "write", full)
         for epoch in range(3):
             write_events(writer, {"epoch": epoch, "lr": 0.1})
