@@ -33,7 +33,7 @@ STARTED = time.perf_counter()
 # What makes PyTorch's three CPU libraries use AVX2 at most; they read it when they are loaded
 AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
                   "MKL_CBWR": "AVX2"}
-PACKAGES = ("torch", "torchvision", "albumentations", "torchsummary", "safetensors", "matplotlib", "scipy", "tqdm")
+PACKAGES = ("torch", "albumentations", "torchsummary", "safetensors", "matplotlib", "scipy", "tqdm")
 
 
 def parse_or_exit() -> Namespace:

@@ -75,6 +75,9 @@ def find_finished(log_dir: Path, name: str | None) -> Path:
         raise UserError(f"run {name} has no {FINAL}: name one that has")
     if state is RunState.UNFINISHED:
         raise UserError(f"run {name} is not finished: resume it (--resume), or name another one")
+    inside = sorted(path.name for path in folders[0].iterdir() if path.is_dir() and run_state(path) is RunState.FINISHED)
+    if inside:
+        raise UserError(f"{name} is a folder of runs: name one of them, {', '.join(inside)}")
     raise UserError(f"{name} is no finished run ({state.value}): name another one")
 
 

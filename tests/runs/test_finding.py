@@ -106,6 +106,8 @@ def test_finding_a_run_by_state(tmp_path, make):
     for name, words in (("2-a", "is not finished: resume it"), ("b", r"no finished run \(diverged\)")):
         with pytest.raises(UserError, match=words):
             find_finished(tmp_path, name)
+    with pytest.raises(UserError, match=r"runs is a folder of runs: name one of them, 1-a$"):
+        find_finished(tmp_path, str(tmp_path / "runs"))
     with pytest.raises(UserError, match="there is nothing to resume"):
         find_unfinished(tmp_path, "1-a")
 
