@@ -20,6 +20,7 @@ class UserError(Exception):
 def setting(default: Any, meaning: str, low: float | None = None, high: float | None = None,
             choices: tuple[str, ...] = ()) -> Any:
     """Declare a field of Config with the metadata of its flag and its check. The range includes `low` and `high`."""
+    default = os.path.expanduser(default) if isinstance(default, str) else default
     return dataclasses.field(default=default, metadata={"help": meaning, "low": low, "high": high, "choices": choices})
 
 
@@ -109,7 +110,6 @@ class Config:
         for name in ("data_dir", "log_dir"):
             if not getattr(self, name):
                 raise UserError(f"{flag(name)} is empty: name a folder")
-            object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))  # shells leave --data-dir=~/data as it is
         if self.teacher and not all(self.teacher.split(",")):
             raise UserError(f"--teacher is {self.teacher!r}: put one comma between two names, and none at the end")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):

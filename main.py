@@ -8,7 +8,7 @@
 Images -> augmentation policies -> Net -> SGD -> cosine schedule -> epochs of training and testing -> logs, checkpoints,
 weights, pictures. The loop is here, the network in model.py, the augmentation in batches/augmentation.py, the optimizer in
 training/optimizer.py, the learning rate in training/schedule.py, the loss in training/step.py. `compare`, `sweep` and
-`--resume` notice edits of these files.
+`--resume` notice edits of these, but not of this file.
 """
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once

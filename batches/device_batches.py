@@ -1,7 +1,6 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain, pairwise, starmap
 
 import albumentations as A
@@ -18,7 +17,7 @@ from batches.timing import milliseconds
 from images.dataset import Split
 
 AUGMENTED_FIRST = 512  # images that a GPU augments together at the start of an epoch; the first step waits for them
-AUGMENTED_TOGETHER = 4224  # then, beside the steps on those before
+AUGMENTED_TOGETHER = 4224  # then, beside the steps on those before: 33 batches of 128, so 50,000 images are 13 parts
 TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images per step of a test
 KEPT_BYTES = 2**28  # of a split's normalized images, 12 kB each, that may stay on a GPU
 
@@ -73,8 +72,8 @@ class DeviceBatches:
         drawn = self.drawn.pop((name, epoch)) if (name, epoch) in self.drawn else self._draw(name, epoch, order)
         on_device, parameters = drawn
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
-        first, together = (max(1, images // batch_size) if self.device.type == "cuda" else 1
-                           for images in (AUGMENTED_FIRST, AUGMENTED_TOGETHER))
+        first, together = (max(1, limit // batch_size) if self.device.type == "cuda" else 1
+                           for limit in (AUGMENTED_FIRST, AUGMENTED_TOGETHER))
         parts = [whole[self.share_of(len(whole))] for whole in on_device.split(batch_size)]
 
         def make(start: int, end: int) -> Iterator[Batch]:
@@ -99,8 +98,8 @@ class DeviceBatches:
 
 
 def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DevicePolicy:
-    """The policy in one kernel, if a check on some of the images finds the same bits, and less time. Prints why not."""
-    images, reason = images[:AUGMENTED_FIRST], ""
+    """The policy in one kernel, if a check on some of the images finds the same bits, and less time. Prints which it is."""
+    images, reason = images[:AUGMENTED_TOGETHER], ""
     chosen = torch.arange(len(images), device=images.device).flip(0)
     uniform = torch.rand(len(images), policy.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     try:
@@ -108,7 +107,8 @@ def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DeviceP
 
         height, width = images.shape[1:3]
         policies = (FusedPolicy(compose, height, width, images.device), policy)
-        calls = [partial(each.apply, images, chosen, each.sample(uniform.to(images.device))) for each in policies]
+        uniform = uniform.to(images.device)
+        calls = [lambda each=each: each.apply(images, chosen, each.sample(uniform)) for each in policies]
         if not torch.equal(*(call() for call in calls)):
             reason = "it makes other images"
         else:
@@ -118,8 +118,8 @@ def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DeviceP
         raise
     except Exception as error:  # of Triton, its compiler or the driver
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    if reason:
-        tqdm.write(f"Images are augmented by PyTorch's kernels, not by the fused one: {reason}.")
+    tqdm.write(f"Images are augmented by PyTorch's kernels, not by the fused one: {reason}." if reason else
+               "Images are augmented by the fused kernel.")
     return policy if reason else policies[0]
 
 

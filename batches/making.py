@@ -4,15 +4,15 @@ import copy
 from collections.abc import Callable
 
 import albumentations as A
+import numpy as np
 import torch
-from albumentations.pytorch import ToTensorV2
 
 from batches.augmentation import test_policy, train_policy, uncropped_policy
 from batches.device_batches import DeviceBatches
 from batches.device_policy import DevicePolicy, Unsupported
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError, uncropped_epochs
-from images.dataset import Images
+from images.dataset import SIDE, Images
 
 Batches = DeviceBatches | WorkerBatches
 Policies = dict[str, A.Compose]
@@ -22,19 +22,26 @@ def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...
     """The policy of each split, and of training without a crop where an epoch has none. `mean` and `std` are each channel's, as
     fractions of 255."""
     normalization = test_policy(mean, std)
-    if [type(each) for each in normalization.transforms if type(each) is not ToTensorV2] != [A.Normalize]:
-        raise UserError("the test policy in batches/augmentation.py must be A.Normalize alone: predict and export do nothing "
-                        "else to an image")
+    image = np.arange(SIDE * SIDE * 3).reshape(SIDE, SIDE, 3).astype(np.uint8)
+    made, expected = _as_array(normalization(image=image)["image"]), (image / 255 - mean) / std
+    if made.shape != expected.shape or not np.allclose(made, expected, rtol=1e-4, atol=1e-4):
+        raise UserError("the test policy in batches/augmentation.py must be A.Normalize(mean, std) alone: predict and export "
+                        "do nothing else to an image")
     policies = {"train": train_policy(config, mean, std), "validation": normalization, "test": normalization}
     return policies | ({"uncropped": uncropped_policy(config, mean, std)} if uncropped_epochs(vars(config)) else {})
 
 
+def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """What a policy has made, as H x W x 3 also after ToTensorV2."""
+    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
+
+
 def check_policies(policies: Policies, images: Images) -> None:
-    """Raise UserError unless each policy makes float32 images of three channels and of one size from the first few images."""
+    """Raise UserError unless each policy makes images of three channels and of one size from the first hundred images."""
     for name, policy in policies.items():
-        tried = copy.deepcopy(policy)  # whose random generators are its own
-        made = [tried(image=image)["image"] for image in images.train.images[:8]]
-        shapes = {tuple(image.permute(1, 2, 0).shape if isinstance(image, torch.Tensor) else image.shape) for image in made}
+        tried = copy.deepcopy(policy)
+        tried.set_random_seed(0)
+        shapes = {_as_array(tried(image=image.copy())["image"]).shape for image in images.train.images[:100]}
         if len(shapes) > 1 or any(len(shape) != 3 or shape[2] != 3 for shape in shapes):
             found = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
             raise UserError(f"the policy of {name} images in batches/augmentation.py makes images of {found}, but must make "

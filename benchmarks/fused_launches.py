@@ -1,6 +1,6 @@
 """How long the launches of the fused kernels take, and how long with other settings than those of training/fused/launches.py.
 
-    python benchmarks/fused_launches.py                                  prints, and writes results/fused_launches.txt
+    python benchmarks/fused_launches.py                                  writes benchmarks/results/fused_launches.txt
     python benchmarks/fused_launches.py --settings SUM --output FILE     one setting; all take more than ten minutes
 
 Each launch of a step on 128 images is timed by itself: replayed from a CUDA graph, so its data may come from the cache. A row

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import itertools
+import os
 import platform
 import sys
 from argparse import Namespace
@@ -61,7 +62,8 @@ class Parser(argparse.ArgumentParser):
         `how` how it is read."""
         field = SETTINGS[name]
         if not how:
-            how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": field.type, "metavar": "VALUE"}
+            read = os.path.expanduser if name.endswith("_dir") else field.type  # shells leave --data-dir=~/data as it is
+            how = {"action": argparse.BooleanOptionalAction} if field.type is bool else {"type": read, "metavar": "VALUE"}
         meaning = f"{field.metadata['help']} (default: {default_text or repr(field.default)})".replace("%", "%%")
         self.add_argument(flag(name), default=argparse.SUPPRESS, help=meaning, **how)
 

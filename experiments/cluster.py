@@ -258,7 +258,7 @@ def _check_address(address: str | None) -> None:
         return
     try:
         socket.create_connection((found[1], int(found[2])), timeout=5).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError) as error:  # a host name may be none
         raise UserError(f"Ray can't be reached at {address}: start it there (ray start --head), or leave the address out "
                         f"({error})") from error
 

@@ -107,8 +107,13 @@ def make_run(planned: PlannedRun, train: Train) -> Outcome:
 
 
 def make_claimed_run(planned: PlannedRun, train: Train) -> Outcome:
-    """Train the run, which this process has claimed, or resume it, unless it was made before."""
+    """Train the run, which this process has claimed, or resume it, unless it was made before. Raises UserError where this
+    process would train otherwise than planned."""
     config = planned.config
+    different = [name for name, found in describe_procedure().items() if found != planned.procedure.get(name)]
+    if different:  # on a cluster
+        raise UserError(f"the {different[0]} of this process is not that of the sweep, because of edits or of other package "
+                        "versions: start the cluster and the sweep again, with the same files and packages")
     state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
     if state is RunState.FINISHED:
         print(f"already finished: {folder.name}")

@@ -47,8 +47,9 @@ def load_trained(arguments: Namespace) -> Trained:
     try:
         images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
     except (DatasetMissing, FolderMissing) as error:
-        raise UserError(f"the images that {weights.path} was trained on are not in {config.data_dir}: name the folder that "
-                        "holds them with --data-dir") from error
+        tried = f", and could not be downloaded ({error.__cause__})" if error.__cause__ else ""
+        raise UserError(f"the images that {weights.path} was trained on are not in {config.data_dir}{tried}: name the folder "
+                        "that holds them with --data-dir") from error
     if not weights.trained_on(images):
         raise UserError(f"the images in {config.data_dir} are not those that {weights.path} was trained on: name their folder "
                         "with --data-dir")

@@ -53,9 +53,8 @@ def build_trained_net(weights: Weights, model: str | None) -> nn.Module:
     except UserError:
         raise
     except Exception as error:  # a model.py that the user named may raise anything
-        settings = ", ".join(net_settings(weights.config))
-        raise UserError(f"Net of {model or MODEL} must take num_classes, and of {settings} those that it has "
-                        f"({error})") from error
+        settings = " and ".join(net_settings(weights.config))
+        raise UserError(f"Net of {model or MODEL} must take num_classes; {settings} are optional ({error})") from error
     if not isinstance(net, nn.Module):
         raise UserError(f"Net of {model or MODEL} must return a torch.nn.Module, and returned {type(net).__name__}")
     weights.check_identity(net, model or MODEL, _remedy(weights, model))

@@ -43,8 +43,9 @@ def copy_state(state: State) -> State:
     tensors = [value for value in (*state["net"].values(), *learned) if isinstance(value, torch.Tensor)]
     places = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
     copies = dict(zip(places, map(torch.empty_like, tensors), strict=True))  # shared weights stay shared
-    if copies:
-        torch._foreach_copy_([copies[place] for place in places], tensors)
+    for dtype in {tensor.dtype for tensor in tensors}:  # of several at once, it would copy each tensor by itself
+        alike = [(place, tensor) for place, tensor in zip(places, tensors, strict=True) if tensor.dtype == dtype]
+        torch._foreach_copy_([copies[place] for place, _ in alike], [tensor for _, tensor in alike])
     copied = {id(tensor): copies[place] for tensor, place in zip(tensors, places, strict=True)}
     return copy.deepcopy(state, copied | {id(row): row for row in state["rows"]})
 

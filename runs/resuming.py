@@ -11,7 +11,7 @@ from config import SETTINGS, Config, UserError, flag
 from runs.checkpoint import State, read_newest
 from runs.files import TEMPORARY, lock_file, unwritable
 from runs.finding import CHECKPOINT, find_unfinished
-from runs.record import MODEL, Record
+from runs.record import CONFIG, MODEL, Record
 from training.procedure import FILES, describe_procedure
 
 LOCK = ".lock"
@@ -90,7 +90,8 @@ def check_procedure(folder: Path, record: Record) -> None:
     for name, now in describe_procedure().items():
         if record.get("procedure", {}).get(name, now) != now:
             raise UserError(f"run {folder.name} began with another {name}: undo the edits made since in "
-                            f"{' and '.join(FILES[name])}, or start a new run")
+                            f"{', '.join(FILES[name])}, or install the package versions that its {CONFIG} names, or start a "
+                            "new run")
 
 
 def restore_config(settings: Mapping[str, Any], places: Mapping[str, str], folder: Path) -> Config:

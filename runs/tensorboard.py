@@ -23,8 +23,8 @@ def check_tensorboard() -> None:
 
 @contextmanager
 def event_writer(wanted: bool, folder: Path, rows: Sequence[Row]) -> Iterator["SummaryWriter | None"]:
-    """A writer of event files into `folder`, or None. Begins with `rows`, the epochs so far, in place of all earlier events: a
-    crash may have come between a row and its events."""
+    """A writer of event files into `folder`, or None. `rows` are the epochs so far. The last one is written again, in place of
+    its events and all later ones: a crash may have come between the row and its events."""
     if not wanted:
         yield None
         return
@@ -32,8 +32,8 @@ def event_writer(wanted: bool, folder: Path, rows: Sequence[Row]) -> Iterator["S
 
     hook, threading.excepthook = threading.excepthook, lambda _: None  # its thread's errors come here too, when it is flushed
     try:
-        with SummaryWriter(str(folder), purge_step=0) as writer:
-            for row in rows:
+        with SummaryWriter(str(folder), purge_step=max(0, len(rows) - 1)) as writer:
+            for row in rows[-1:]:
                 write_events(writer, row)
             yield writer
     finally:

@@ -192,7 +192,7 @@ def _load_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[int, 
     loaded: dict[int, dict[str, Any]] = {index: dict(values) for index, values in state.items()}
     for index, values in loaded.items():
         for name, value in values.items():
-            alike = value is not None and value.shape == parameters[index].shape
+            alike = value is not None and name != "step" and value.shape == parameters[index].shape
             if value is not None and name == "momentum_buffer" and not alike:
                 raise ValueError(f"the momentum of parameter {index} has the shape {value.shape}")
             if alike:  # the parameter's memory format: fused optimizers want no other

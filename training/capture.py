@@ -110,8 +110,8 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if error.__context__ and not isinstance(error.__context__, Exception):  # a signal ended the capture
-                raise error.__context__ from None
+            if stop := _first_cause(error, Exception):  # a signal ended the capture
+                raise stop from None
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
             return f"the capture failed ({cause.splitlines()[0]})"
         moved = [name for name, place in addresses(step_state(self.step)).items() if places.get(name) != place]
@@ -211,6 +211,14 @@ def fused_kernels(step: TrainStep) -> Kernels | None:
         return forward, fused_loss(step)
     print(f"Steps use PyTorch's kernels, not the fused ones: {reason}.")
     return None
+
+
+def _first_cause(error: BaseException, usual: type[BaseException]) -> BaseException | None:
+    """The first of the errors behind `error` that is not a `usual` one."""
+    cause = error.__context__
+    while cause is not None and isinstance(cause, usual):
+        cause = cause.__context__
+    return cause
 
 
 def torch_version() -> tuple[int, int]:

@@ -1,54 +1,108 @@
 """How a run trains, beside its settings: fingerprints of the augmentation, the schedule and the training step.
 
-Each is of what the present code does with one fixed config, so between two runs it differs only where the code was edited.
+Each is of what the present code does with a few fixed configs, so between two runs it differs only where the code was edited.
 """
 
-import json
-from collections.abc import Callable
+import dataclasses
+import inspect
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import albumentations as A
+import numpy as np
 import torch
 from torch import nn
 
 from analysis.identity import fingerprint, plain_source
 from batches.making import make_policies
-from config import SETTINGS, Config
+from config import MACHINE_SETTINGS, SETTINGS, Config
 from training.distillation import Distillation
 from training.optimizer import make_optimizer
-from training.schedule import learning_rate, policy_name
+from training.schedule import learning_rate, policy_name, set_learning_rate
 from training.step import TrainStep
 
-PROGRAM = Path(__file__).parents[1]
-# All settings that these parts read, fixed here so that another default in config.py is no edit
+FILES = {"augmentation": ["batches/augmentation.py"], "schedule": ["training/schedule.py"],
+         "training step": ["training/optimizer.py", "training/step.py", "training/distillation.py"]}
+# Read now: a user may edit them while the runs of a sweep are made
+SOURCES = {file: plain_source(Path(__file__).parents[1] / file) for files in FILES.values() for file in files}
+# The settings that these parts read. They and all others are fixed, so that another default in config.py is no edit
 PROBE: dict[str, Any] = {
     "flip_p": 0.5, "affine_p": 0.5, "shift": 0.1, "scale": 0.2, "rotate": 20.0,
     "crop_padding": 2, "crop_size": 24, "uncropped_share": 0.25, "coarse_dropout_p": 0.5, "coarse_dropout_size": 8,
-    "epochs": 8, "lr": 0.1, "min_lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1, "label_smoothing": 0.1,
+    "epochs": 8, "lr": 0.1, "min_lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 1.0, "label_smoothing": 0.1,
     "teacher_share": 0.5, "temperature": 2.0}
+PROBES = [PROBE, PROBE | {"crop_padding": 0, "crop_size": 32, "epochs": 300, "nesterov": False, "label_smoothing": 0.0}]
 
 
 def describe_procedure() -> dict[str, str]:
     """The fingerprint of each part, 16 hex digits, by its name: a key of FILES.
 
-    Where a part can't be tried out alone, its fingerprint is of its files' source without comments, docstrings and layout.
+    Where the code can't be run with these configs, or does something else each time, it is of its files' source, without
+    comments, docstrings and layout.
     """
-    return {name: _try_out(part, FILES[name]) for name, part in PARTS.items()}
+    return {name: _fingerprint_of(part, FILES[name]) for name, part in PARTS.items()}
 
 
-def _try_out(part: Callable[[Config], Any], files: tuple[str, ...]) -> str:
+def _fingerprint_of(part: Callable[[Config], Any], files: list[str]) -> str:
+    """Of what `part` returns for the configs, or else of the sources of `files`."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            return fingerprint(part(Config(**{name: value for name, value in PROBE.items() if name in SETTINGS})))
+        configs = [Config(**{name: probe.get(name, _fixed(field)) for name, field in SETTINGS.items()
+                             if name not in MACHINE_SETTINGS}) for probe in PROBES]
+        results = []
+        for _ in range(2):
+            with _fixed_random_numbers():
+                results.append(fingerprint([part(config) for config in configs]))
+        if results[0] == results[1]:
+            return results[0]
     except Exception:  # a user's code meets a config, a network and a batch that it was not written for
-        return fingerprint([plain_source(PROGRAM / file) for file in files])
+        pass
+    return fingerprint([SOURCES[file] for file in files])
+
+
+def _fixed(field: dataclasses.Field) -> Any:
+    """A value of a setting, whatever its default is."""
+    low, choices = field.metadata["low"], field.metadata["choices"]
+    return choices[0] if choices else field.type() if low is None else field.type(low)  # type: ignore[operator]
+
+
+@contextmanager
+def _fixed_random_numbers() -> Iterator[None]:
+    """The same in each call; the generators are left as they were."""
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 def _augmentation(config: Config) -> Any:
-    """Each policy's transforms with their parameters; where one is not Albumentations' own, also the source that has it."""
-    policies = {name: policy.to_dict()["transform"] for name, policy in make_policies(config, (0.5,) * 3, (0.25,) * 3).items()}
-    foreign = '"__class_fullname__": "batches.' in json.dumps(policies)
-    return [policies, *(plain_source(PROGRAM / file) for file in FILES["augmentation"] if foreign)]
+    """Each policy's transforms with their parameters, and the sources of those that are not Albumentations' own."""
+    policies = make_policies(config, (0.5,) * 3, (0.25,) * 3)
+    files = {inspect.getfile(type(each)) for policy in policies.values() for each in _transforms(policy)
+             if not type(each).__module__.startswith("albumentations.")}
+    return [{name: policy.to_dict()["transform"] for name, policy in policies.items()}, sorted(map(_source, files))]
+
+
+def _transforms(transform: Any) -> Iterator[Any]:
+    """All in a transform, itself included."""
+    yield transform
+    if isinstance(transform, A.BaseCompose):
+        for each in transform.transforms:
+            yield from _transforms(each)
+
+
+@cache
+def _source(file: str) -> str:
+    return plain_source(Path(file))
 
 
 def _schedule(config: Config) -> Any:
@@ -58,22 +112,24 @@ def _schedule(config: Config) -> Any:
 
 
 def _training_step(config: Config) -> Any:
-    """The weights of a small network after three steps: a loss, gradients and an optimizer that do the same are the same."""
-    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
-    teacher = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).double()
+    """The weights of a small network after a few steps: what computes the same loss, gradients and changes is the same."""
+    head = nn.Conv2d(6, 3, 1)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 6, 1, bias=False),
+                        nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten()).double()
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(108, 3)).double()
     for weight in (*net.parameters(), *teacher.parameters()):
-        weight.data = torch.linspace(-1, 1, weight.numel() + 2, dtype=torch.double)[1:-1].view_as(weight)
-    images = torch.linspace(0, 20, 5 * 3 * 2 * 2, dtype=torch.double).sin().view(5, 3, 2, 2)
+        weight.data = torch.linspace(1, 40, weight.numel(), dtype=torch.double).sin().view_as(weight)
+    head.weight.data *= 20  # so that gradients are large enough to be clipped
+    images = torch.linspace(0, 90, 5 * 3 * 6 * 6, dtype=torch.double).sin().view(5, 3, 6, 6)
     cpu = torch.device("cpu")
     step = TrainStep(net, make_optimizer(net, config, cpu), cpu, config.label_smoothing,
                      Distillation([teacher], config.teacher_share, config.temperature))
-    for _ in range(3):
+    for number in range(6):
+        set_learning_rate(step.optimizer, 1e-3 * (number + 1))
         step(images, torch.arange(5) % 3)
     sums = [(weight.flatten() * torch.arange(1, weight.numel() + 1)).sum().item() for weight in net.parameters()]
-    return [round(each, 4) + 0.0 for each in sums]  # processors differ in the seventh digit, and -0.0 is 0.0
+    return [round(each, 3) + 0.0 for each in sums]  # processors differ in the sixth digit, and -0.0 is 0.0
 
 
 PARTS: dict[str, Callable[[Config], Any]] = {
     "augmentation": _augmentation, "schedule": _schedule, "training step": _training_step}
-FILES = {"augmentation": ("batches/augmentation.py",), "schedule": ("training/schedule.py",),
-         "training step": ("training/optimizer.py", "training/step.py", "training/distillation.py")}

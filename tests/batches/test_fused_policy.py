@@ -69,7 +69,8 @@ class OutOfMemory(DevicePolicy):
     (FusedPolicy, (1.0, 2.0), "Unsupported: ColorJitter")])
 def test_it_is_used_where_it_is_right_and_faster(monkeypatch, capsys, kind, times, reason):
     compose = A.Compose([A.HorizontalFlip(p=0.5), A.Normalize(MEAN, STD)])
-    policy, images, measured = DevicePolicy(compose, 8, 8, CPU), torch.zeros(9, 8, 8, 3, dtype=torch.uint8), iter(times)
+    images = torch.randint(0, 256, (9, 8, 8, 3), dtype=torch.uint8)
+    policy, measured = DevicePolicy(compose, 8, 8, CPU), iter(times)
     monkeypatch.setattr(device_batches, "milliseconds", lambda *_: next(measured))
     if kind is FusedPolicy:
         compose = A.Compose([A.ColorJitter()])
@@ -82,7 +83,7 @@ def test_it_is_used_where_it_is_right_and_faster(monkeypatch, capsys, kind, time
     assert (chosen is policy) == bool(reason)
     out = capsys.readouterr()
     line = f"Images are augmented by PyTorch's kernels, not by the fused one: {reason}"
-    assert (out.out + out.err).startswith(line if reason else "")
+    assert (out.out + out.err).startswith(line if reason else "Images are augmented by the fused kernel.\n")
 
 
 def test_memory_that_runs_out_is_not_taken_for_something_else(monkeypatch):
@@ -109,10 +110,11 @@ def test_a_policy_is_one_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
-def test_the_kernel_compiles(monkeypatch, capability):
+@pytest.mark.parametrize("changes", [{"affine_p": 0.5}, {"affine_p": 0.0, "crop_size": 24}])
+def test_the_kernel_compiles(monkeypatch, capability, changes):
     types = {torch.float32: "*fp32", torch.uint8: "*u8", torch.long: "*i64", torch.int32: "*i32", torch.bool: "*i1",
              torch.float64: "*fp64"}
-    for kernel, args, options in launched(monkeypatch, Config(**RECIPES["strong"] | {"affine_p": 0.5})):
+    for kernel, args, options in launched(monkeypatch, Config(**RECIPES["strong"] | changes)):
         names = [parameter.name for parameter in kernel.params]
         signature = {name: types[value.dtype] for name, value in zip(names, args, strict=False)}
         constants = {name: options.pop(name) for name in names if name in options}

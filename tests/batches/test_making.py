@@ -9,7 +9,7 @@ import torch
 from conftest import one_line, only_run, synthetic
 
 from batches.device_batches import DeviceBatches
-from batches.making import make_batches, make_policies, resolve_batches
+from batches.making import check_policies, make_batches, make_policies, resolve_batches
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError
 from images.dataset import Images, Split
@@ -126,12 +126,26 @@ def test_a_policy_whose_images_fit_no_batch_is_named_before_the_run_begins(run, 
     assert not list((tmp_path / "logs").glob("runs/*"))
 
 
-def test_test_images_are_normalized_and_nothing_else(run, monkeypatch):
+def test_a_check_of_a_policy_changes_no_image(images):
+    class InPlace(A.ImageOnlyTransform):
+        def apply(self, img, **_):
+            img[:] = 0
+            return img
+
+    before = images.train.images.copy()
+    check_policies({"train": A.Compose([InPlace(p=1)])}, images)
+    assert (images.train.images == before).all()
+
+
+@pytest.mark.parametrize("policy", [
+    lambda mean, std: [A.Resize(64, 64), A.Normalize(mean, std)], lambda mean, std: [A.Normalize((0.5,) * 3, (0.5,) * 3)],
+    lambda mean, std: [A.Normalize(normalization="image")], lambda mean, std: []])
+def test_test_images_are_normalized_and_nothing_else(run, monkeypatch, policy):
     """Because predict and export do no more."""
-    monkeypatch.setattr("batches.making.test_policy", lambda mean, std: A.Compose([A.Resize(64, 64), A.Normalize(mean, std)]))
+    monkeypatch.setattr("batches.making.test_policy", lambda *given: A.Compose(policy(*given)))
     status, _, err = run("--epochs", "1")
     assert status == 2
-    assert "the test policy in batches/augmentation.py must be A.Normalize alone" in one_line(err)
+    assert "the test policy in batches/augmentation.py must be A.Normalize(mean, std) alone" in one_line(err)
 
 
 def test_a_run_whose_policy_cannot_run_on_the_device(run, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from commands.parser import parse
-from config import RECIPES, SETTINGS, Config, UserError
+from config import RECIPES, SETTINGS, Config, UserError, setting
 
 
 def test_help_shows_every_setting_with_its_default_and_loads_no_torch():
@@ -56,10 +56,12 @@ def test_a_setting_that_no_record_can_hold_is_named(monkeypatch, field):
         parse(["--epochs", "1"])
 
 
-def test_a_home_folder_is_found_also_where_the_shell_leaves_its_sign(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    config = parse(["--data-dir=~/data", "--log-dir=~/logs"]).config
-    assert (config.data_dir, config.log_dir) == ("/home/me/data", "/home/me/logs")
+@pytest.mark.parametrize("line", [[], ["--resume"], ["compare"], ["plot"], ["test"], ["predict", "x.png"], ["export"],
+                                  ["sweep", "--seeds", "2"]], ids=str)
+def test_a_home_folder_is_found_also_where_the_shell_leaves_its_sign(line):
+    arguments = vars(parse([*line, "--log-dir=~/logs"]))
+    assert arguments.get("given", arguments)["log_dir"] == os.path.expanduser("~/logs")
+    assert setting("~/data", "images").default == os.path.expanduser("~/data")
 
 
 @pytest.mark.parametrize("verb", ["test", "plot", "export"])

@@ -15,7 +15,15 @@ from batches import making
 from commands.parser import parse
 from config import Config, UserError
 from experiments import sweep as sweep_module
-from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_run, make_runs_here, plan_runs
+from experiments.sweep import (
+    Outcome,
+    PlannedRun,
+    find_matching_run,
+    make_claimed_run,
+    make_run,
+    make_runs_here,
+    plan_runs,
+)
 from model import Net
 from runs.files import lock_file, make_run_folder
 from runs.finding import RunState, find_runs
@@ -187,6 +195,14 @@ def test_what_another_sweep_finished_meanwhile_is_not_trained_again(configs):
     one, _ = planned_runs(configs("--seeds", "2"))
     write_run(one)
     assert make_run(one, never) is Outcome.PRESENT
+
+
+def test_a_worker_that_would_train_otherwise_trains_nothing(configs):
+    """Of a cluster, where files or packages may differ from those of the sweep."""
+    planned = planned_runs(configs("--seeds", "2"))[0]
+    other = dataclasses.replace(planned, procedure=planned.procedure | {"augmentation": "another"})
+    with pytest.raises(UserError, match="the augmentation of this process is not that of the sweep"):
+        make_claimed_run(other, never)
 
 
 def test_a_diverged_run_is_named_and_not_resumed(configs, capsys):

@@ -144,7 +144,7 @@ def test_an_older_model_needs_no_setting_that_came_later(command, tmp_path):
     ("def broken(", "can't be imported (SyntaxError"), ("import nothing", "can't be imported (ModuleNotFoundError"),
     ("1 / 0", "can't be imported (ZeroDivisionError"), ("raise SystemExit(3)", "can't be imported (SystemExit"),
     ("raise MemoryError", "out of memory"), ("\0", "can't be imported"),
-    ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes, and of dropout, width those that it has"),
+    ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes; dropout and width are optional"),
     ("def Net(*_, **__): return 5", "must return a torch.nn.Module, and returned int"),
     (PLAIN.replace(".flatten(1)", ""), "the network returns 2 x 3 x 1 x 1 for 2 images")])
 def test_a_model_that_cannot_be_used_is_one_line(command, tmp_path, text, words):

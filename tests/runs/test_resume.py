@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import albumentations as A
 import pytest
@@ -295,7 +296,10 @@ def test_a_copy_of_a_state_shares_no_memory_with_it_and_keeps_what_is_shared_wit
     net(torch.randn(2, 3, 32, 32)).sum().backward()
     optimizer.step()
     state = make_state(net, optimizer, [example_row(0)], example_record(), {})
-    before, copied = pack(state), copy_state(state)
+    with mock.patch.object(torch, "_foreach_copy_", wraps=torch._foreach_copy_) as copies:
+        before, copied = pack(state), copy_state(state)
+    dtypes = [{tensor.dtype for tensor in call.args[1]} for call in copies.call_args_list]
+    assert sorted(map(str, dtypes)) == ["{torch.float32}", "{torch.int64}"]  # CUDA needs few kernels for one dtype only
     assert len(pack(copied)) <= len(before)
     assert [tensor.stride() for tensor in copied["net"].values()] == [tensor.stride() for tensor in state["net"].values()]
     net(torch.randn(2, 3, 32, 32)).square().sum().backward()

@@ -32,11 +32,12 @@ def test_event_files_hold_the_rows_also_of_a_resumed_run(run, tmp_path, monkeypa
 
 
 def test_an_epoch_that_is_repeated_after_a_crash_counts_once(tmp_path):
-    for rows, value in (([], 1.0), ([{"epoch": 0, "lr": 1.0}], 2.0)):
+    """And one whose events the crash has lost is written again."""
+    for rows, epochs, value in (([], (0, 2), 1.0), ([{"epoch": 0, "lr": 5.0}, {"epoch": 1, "lr": 1.5}], (2, 3), 2.0)):
         with event_writer(True, tmp_path, rows) as writer:
-            for epoch in range(len(rows), 3):
+            for epoch in epochs:
                 write_events(writer, {"epoch": epoch, "lr": value})
-    assert scalars(tmp_path) == {"lr": [(0, 1.0), (1, 2.0), (2, 2.0)]}
+    assert scalars(tmp_path) == {"lr": [(0, 1.0), (1, 1.5), (2, 2.0), (3, 2.0)]}
 
 
 def test_a_full_disk_is_one_error_without_a_traceback(tmp_path, monkeypatch, capfd):

@@ -1,8 +1,13 @@
 """Edits of the augmentation, the schedule and the training step are noticed, other edits are not."""
 
-from dataclasses import fields, replace
+import dataclasses
+import importlib
+import random
+import sys
+from dataclasses import fields
 
 import albumentations as A
+import numpy as np
 import pytest
 import torch
 from conftest import edit
@@ -11,6 +16,7 @@ from batches import augmentation, making
 from config import MACHINE_SETTINGS, Config
 from experiments.differences import COMMITTED_PROCEDURE
 from training import procedure
+from training.distributed import Processes
 from training.optimizer import SGD
 from training.procedure import PROBE, describe_procedure
 from training.step import TrainStep
@@ -24,31 +30,38 @@ def changed() -> set[str]:
     return {name for name, fingerprint in describe_procedure().items() if fingerprint != COMMITTED_PROCEDURE[name]}
 
 
-def test_the_program_trains_as_published():
-    """The committed runs are compared with new ones as if they had these fingerprints."""
+def test_the_program_trains_as_the_committed_runs_were():
+    """They are compared with new ones as if they had these fingerprints. Who changes the procedure on purpose changes this
+    test, not the constant."""
     assert describe_procedure() == COMMITTED_PROCEDURE
 
 
-def test_the_probe_sets_every_setting_of_training_and_each_counts(monkeypatch):
+def test_every_setting_of_training_counts(monkeypatch):
+    """Else an edit of what it does would go unnoticed."""
     assert {field.name for field in fields(Config)} - set(MACHINE_SETTINGS) - ELSEWHERE == PROBE.keys()
+    monkeypatch.setattr(procedure, "PROBES", [PROBE])
+    before = describe_procedure()
     for name, value in PROBE.items():
-        with monkeypatch.context() as patch:
-            patch.setitem(PROBE, name, not value if name == "nesterov" else value // 2 if type(value) is int else value / 2)
-            assert changed(), name
+        other = not value if name == "nesterov" else value // 2 if type(value) is int else value / 2
+        monkeypatch.setattr(procedure, "PROBES", [PROBE | {name: other}])
+        assert describe_procedure() != before, name
 
 
-def test_another_default_is_no_edit(monkeypatch):
-    """Users edit defaults in config.py; runs have them among their settings."""
-    monkeypatch.setattr(procedure, "Config", lambda **settings: replace(Config(**settings), batch_size=64, seed=5, width=2))
-    assert not changed()
-
-
-def test_a_setting_that_users_have_removed_is_not_set(monkeypatch):
+def test_no_default_of_a_setting_counts(monkeypatch):
+    """Users edit defaults in config.py, and add settings; runs have them among their settings."""
     seen: list[dict] = []
-    monkeypatch.delitem(procedure.SETTINGS, "rotate")
-    monkeypatch.setattr(procedure, "Config", lambda **settings: seen.append(settings) or Config(**settings, rotate=20.0))
+
+    def given(**settings):
+        seen.append(settings)
+        return Config(**{name: value for name, value in settings.items() if name != "jitter"})
+
+    jitter = dataclasses.field(default=0.5, metadata={"low": 0.0, "choices": ()})
+    jitter.type = float
+    monkeypatch.setitem(procedure.SETTINGS, "jitter", jitter)
+    monkeypatch.setattr(procedure, "Config", given)
     assert not changed()
-    assert "rotate" not in seen[0]
+    assert all(settings.keys() == procedure.SETTINGS.keys() - set(MACHINE_SETTINGS) for settings in seen)
+    assert all(settings["jitter"] == 0.0 for settings in seen)
 
 
 # ---------------------------------------------------------------- edits of the augmentation
@@ -68,39 +81,40 @@ def with_a_blank_border(config, mean, std):
     return policy
 
 
-@pytest.mark.parametrize("policy", [jittered, reordered, with_a_blank_border])
+def jittered_where_nothing_is_cropped(config, mean, std):
+    return (jittered if config.crop_size == 32 else augmentation.train_policy)(config, mean, std)
+
+
+@pytest.mark.parametrize("policy", [jittered, reordered, with_a_blank_border, jittered_where_nothing_is_cropped])
 def test_another_augmentation(monkeypatch, policy):
     monkeypatch.setattr(making, "train_policy", policy)
     assert changed() == {"augmentation"}
 
 
-def test_another_normalization_of_the_test_images(monkeypatch):
-    monkeypatch.setattr(making, "test_policy", lambda mean, std: A.Compose([A.Normalize(mean, std), A.CenterCrop(28, 28)]))
-    assert changed() == {"augmentation"}
-
-
-class Own(A.ImageOnlyTransform):
-    """A user's transform; its source counts, because its parameters don't say what it does."""
-
-    __module__ = "batches.augmentation"
-
-    def apply(self, img, **_):
-        return 255 - img
+@pytest.mark.parametrize("inside", [lambda own: own, lambda own: A.OneOf([A.Sequential([own])])])
+def test_a_users_own_transform_counts_by_its_source(monkeypatch, tmp_path, inside):
+    """Its parameters don't say what it does."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = []
+    for negative in ("255 - img", "255   - img  # a comment", "254 - img"):
+        (tmp_path / "own_transform.py").write_text(
+            f"import albumentations as A\nclass Own(A.ImageOnlyTransform):\n    def apply(self, img, **_): return {negative}\n")
+        sys.modules.pop("own_transform", None)
+        own = importlib.import_module("own_transform").Own
+        procedure._source.cache_clear()
+        monkeypatch.setattr(making, "train_policy", lambda *_, own=own: A.Compose([inside(own(p=1))]))
+        found.append(describe_procedure()["augmentation"])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.filterwarnings("ignore:Using lambda")
-@pytest.mark.parametrize("transform", [lambda: Own(p=1), lambda: A.Lambda(image=lambda image, **_: image)])
-def test_a_users_own_transform_counts_by_its_source(monkeypatch, tmp_path, transform):
-    """Also where Albumentations can't describe it."""
-    monkeypatch.setattr(making, "train_policy", lambda *_: A.Compose([transform()]))
-    monkeypatch.setattr(procedure, "PROGRAM", tmp_path)
-    source = tmp_path / "batches" / "augmentation.py"
-    source.parent.mkdir()
-    found = []
-    for text in ('"""Text."""\nx = 1\n', '"""Another text."""\nx   = 1  # a comment\n', '"""Text."""\nx = 2\n'):
-        source.write_text(text)
-        found.append(describe_procedure()["augmentation"])
-    assert found[0] == found[1] != found[2]
+def test_a_policy_that_cannot_be_described_counts_by_the_file_as_it_was_imported(monkeypatch):
+    monkeypatch.setattr(making, "train_policy", lambda *_: A.Compose([A.Lambda(image=lambda image, **_: image)]))
+    before = describe_procedure()
+    assert changed() == {"augmentation"}
+    monkeypatch.setitem(procedure.SOURCES, "batches/augmentation.py", "edited")
+    assert describe_procedure()["augmentation"] != before["augmentation"]
 
 
 # ---------------------------------------------------------------- edits of the schedule and of the step
@@ -110,10 +124,23 @@ def test_another_schedule(monkeypatch):
     with monkeypatch.context() as patch:
         edit(patch, "learning_rate", lambda config, epoch: rate(config, epoch) * min(1, epoch + 0.1))  # a short warm-up
         assert changed() == {"schedule"}
-    edit(monkeypatch, "policy_name", lambda config, epoch: "train" if epoch < 1 else policy(config, epoch))
-    assert not changed()
-    edit(monkeypatch, "policy_name", lambda config, epoch: "train")
-    assert changed() == {"schedule"}
+    with monkeypatch.context() as patch:
+        edit(patch, "learning_rate", lambda config, epoch: rate(config, epoch) * (0.1 if epoch >= 60 else 1))
+        assert changed() == {"schedule"}
+    with monkeypatch.context() as patch:
+        edit(patch, "policy_name", lambda config, epoch: "train" if epoch < 1 else policy(config, epoch))
+        assert not changed()
+        edit(patch, "policy_name", lambda config, epoch: "train")
+        assert changed() == {"schedule"}
+    edit(monkeypatch, "set_learning_rate", lambda optimizer, rate: optimizer.param_groups[0].update(lr=2 * rate))
+    assert changed() == {"training step"}
+
+
+def without_decay_of_depthwise(net, config, device):
+    depthwise = [layer.weight for layer in net.modules() if isinstance(layer, torch.nn.Conv2d) and layer.groups > 1]
+    others = [weight for weight in net.parameters() if not any(weight is each for each in depthwise)]
+    return SGD([{"params": depthwise, "weight_decay": 0.0}, {"params": others}], lr=config.lr, momentum=config.momentum,
+               nesterov=config.nesterov, weight_decay=config.weight_decay)
 
 
 def without_decay_of_norms(net, config, device):
@@ -124,7 +151,7 @@ def without_decay_of_norms(net, config, device):
 
 
 @pytest.mark.parametrize("optimizer", [
-    without_decay_of_norms,
+    without_decay_of_norms, without_decay_of_depthwise,
     lambda net, config, device: torch.optim.AdamW(net.parameters(), lr=config.lr),
     lambda net, config, device: SGD(net.parameters(), lr=config.lr, momentum=config.momentum, dampening=0.1,
                                     weight_decay=config.weight_decay)])
@@ -140,20 +167,41 @@ def test_pytorchs_own_sgd_is_no_other_optimizer(monkeypatch):
 
 
 def test_another_loss_or_clipped_gradients(monkeypatch):
-    own_loss, call = TrainStep.own_loss, TrainStep.__call__
+    own_loss, average = TrainStep.own_loss, Processes.average_gradients
     with monkeypatch.context() as patch:
         patch.setattr(TrainStep, "own_loss", lambda self, logits, *others: own_loss(self, logits, *others)
                       + 1e-3 * logits.square().mean())
         assert changed() == {"training step"}
 
-    def clipped(self, images, labels):
-        for weight in self.net.parameters():
-            if not weight._backward_hooks:
-                weight.register_hook(lambda gradient: gradient.clamp(-0.1, 0.1))
-        call(self, images, labels)
+    def clipped(self, net, images):
+        average(self, net, images)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
 
-    monkeypatch.setattr(TrainStep, "__call__", clipped)
+    monkeypatch.setattr(Processes, "average_gradients", clipped)  # which a step calls before its optimizer
     assert changed() == {"training step"}
+
+
+def test_a_step_that_draws_random_numbers_is_the_same_at_any_time(monkeypatch):
+    call = TrainStep.__call__
+
+    def noisy(self, images, labels):
+        call(self, images + torch.randn_like(images) + np.random.rand() + random.random(), labels)
+
+    monkeypatch.setattr(TrainStep, "__call__", noisy)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
+        found.append(describe_procedure()["training step"])
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()
+        assert random.getstate() == before[2]
+    assert found[0] == found[1] != COMMITTED_PROCEDURE["training step"]
+    unseeded = np.random.default_rng()
+    monkeypatch.setattr(TrainStep, "__call__", lambda self, images, labels: call(self, images + unseeded.random(), labels))
+    assert describe_procedure()["training step"] == describe_procedure()["training step"]  # then by its source
 
 
 def test_a_step_that_needs_more_than_the_probe_counts_by_its_source(monkeypatch):
@@ -163,13 +211,5 @@ def test_a_step_that_needs_more_than_the_probe_counts_by_its_source(monkeypatch)
     monkeypatch.setattr(TrainStep, "__call__", wants_images_of_32_pixels)
     before = describe_procedure()
     assert changed() == {"training step"}
-    monkeypatch.setattr(procedure, "plain_source", lambda path: path.name)
+    monkeypatch.setitem(procedure.SOURCES, "training/step.py", "edited")
     assert describe_procedure()["training step"] != before["training step"]
-
-
-def test_the_random_generator_is_left_as_it_was():
-    torch.manual_seed(3)
-    expected = torch.rand(1)
-    torch.manual_seed(3)
-    describe_procedure()
-    assert torch.equal(torch.rand(1), expected)

@@ -244,8 +244,8 @@ def softmax_loss(logits, labels, teachers, loss, gradients, sums, rows, smoothin
         if TEACHERS:
             softened = tl.zeros((ROWS, PADDED), tl.float32)
             for teacher in tl.static_range(TEACHERS):
-                taught = _load_logits(teachers + teacher * rows * CLASSES, row, valid, CLASSES, PADDED)
-                softened += tl.exp(_log_softmax(taught / temperature)) / TEACHERS
+                predicted = _load_logits(teachers + teacher * rows * CLASSES, row, valid, CLASSES, PADDED)
+                softened += tl.exp(_log_softmax(predicted / temperature)) / TEACHERS
             log_predicted = _log_softmax(student / temperature)
             divergence = tl.where(softened > 0, softened * (tl.log(softened) - log_predicted), 0.0)
             lost = (1 - share) * lost + share * temperature * temperature * divergence

@@ -135,10 +135,10 @@ def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smo
     gradients, N x classes. Adds the batch to the metrics' `sums`, float32 2."""
     (rows, classes), padded = logits.shape, triton.next_power_of_2(logits.shape[1])
     loss, gradients = logits.new_empty(()), torch.empty_like(logits)
-    taught = torch.stack(list(teachers)) if len(teachers) > 1 else teachers[0].contiguous() if teachers else logits
+    teacher_logits = torch.stack(list(teachers)) if len(teachers) > 1 else teachers[0].contiguous() if teachers else logits
     kernels.softmax_loss[(1,)](
-        logits, labels, taught, loss, gradients, sums, rows, smoothing, share, temperature, CLASSES=classes, PADDED=padded,
-        TEACHERS=len(teachers), ROWS=max(1, min(128, 4096 // padded)))
+        logits, labels, teacher_logits, loss, gradients, sums, rows, smoothing, share, temperature, CLASSES=classes,
+        PADDED=padded, TEACHERS=len(teachers), ROWS=max(1, min(128, 4096 // padded)))
     return loss, gradients
 
 
