@@ -110,7 +110,7 @@ class CapturedStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if stop := _first_cause(error, Exception):  # a signal ended the capture
+            if stop := _stop_behind(error):
                 raise stop from None
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
             return f"the capture failed ({cause.splitlines()[0]})"
@@ -213,10 +213,10 @@ def fused_kernels(step: TrainStep) -> Kernels | None:
     return None
 
 
-def _first_cause(error: BaseException, usual: type[BaseException]) -> BaseException | None:
-    """The first of the errors behind `error` that is not a `usual` one."""
+def _stop_behind(error: BaseException) -> BaseException | None:
+    """The signal's exception, which is no Exception, behind an error of the capture that it has ended."""
     cause = error.__context__
-    while cause is not None and isinstance(cause, usual):
+    while isinstance(cause, Exception):
         cause = cause.__context__
     return cause
 
