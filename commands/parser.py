@@ -46,7 +46,8 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} ({self.prog} --help lists all settings)")
+        plain = message.replace("ignored explicit argument", "takes no value, but was given")  # as in --nesterov=true
+        raise UserError(f"{plain} ({self.prog} --help lists all settings)")
 
     def parse(self, line: list[str]) -> Namespace:
         """Parse; name the nearest flag where one is unknown."""

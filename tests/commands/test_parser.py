@@ -80,6 +80,7 @@ def test_the_help_tells_where_the_images_of_a_run_are_looked_for(verb, capsys):
     (["--epochs", "9" * 400], "must lie in 1 to"),
     (["--seed", "9" * 400], "must lie in 0 to"), (["--name", "a+b"], "must not contain +"),
     (["sweep", "--seeds", "2", "--name", "a+b"], "must not contain +"),
+    (["--nesterov=true"], "--nesterov/--no-nesterov: takes no value, but was given 'true'"),
     (["export", "--to", "onx"], "invalid choice: 'onx'"), (["predict", "x.png", "--top", "0"], "--top is 0"),
     (["predict"], "required: IMAGE"), (["test", "--device", "gpu"], "--device is 'gpu'")])
 def test_wrong_lines_are_named(line, words):
