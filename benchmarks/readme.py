@@ -263,7 +263,7 @@ def tables() -> dict[str, str]:
         "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops"),
         "strong crops changes": changes_table("strong_crops_changes"), "teacher crops": runs_table("teacher_crops"),
         "teacher settings": runs_table("teacher_settings"), "wide teachers": runs_table("wide_teachers"),
-        "mixed images": runs_table("mixed_images")}
+        "mixed images": runs_table("mixed_images"), "strong padding": runs_table("strong_padding")}
 
 
 def documents() -> list[Path]:
