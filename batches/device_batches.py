@@ -102,12 +102,12 @@ def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DeviceP
     images, reason = images[:AUGMENTED_TOGETHER], ""
     chosen = torch.arange(len(images), device=images.device).flip(0)
     uniform = torch.rand(len(images), policy.draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniform = uniform.to(images.device)
     try:
         from batches.fused_policy import FusedPolicy  # loads Triton
 
         height, width = images.shape[1:3]
         policies = (FusedPolicy(compose, height, width, images.device), policy)
-        uniform = uniform.to(images.device)
         calls = [lambda each=each: each.apply(images, chosen, each.sample(uniform)) for each in policies]
         if not torch.equal(*(call() for call in calls)):
             reason = "it makes other images"

@@ -10,6 +10,7 @@ import torch
 from batches.augmentation import test_policy, train_policy, uncropped_policy
 from batches.device_batches import DeviceBatches
 from batches.device_policy import DevicePolicy, Unsupported
+from batches.tensors import as_array
 from batches.worker_batches import WorkerBatches
 from config import Config, UserError, uncropped_epochs
 from images.dataset import SIDE, Images
@@ -23,7 +24,7 @@ def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...
     fractions of 255."""
     normalization = test_policy(mean, std)
     image = np.arange(SIDE * SIDE * 3).reshape(SIDE, SIDE, 3).astype(np.uint8)
-    made, expected = _as_array(normalization(image=image)["image"]), (image / 255 - mean) / std
+    made, expected = as_array(normalization(image=image)["image"]), (image / 255 - mean) / std
     if made.shape != expected.shape or not np.allclose(made, expected, rtol=1e-4, atol=1e-4):
         raise UserError("the test policy in batches/augmentation.py must be A.Normalize(mean, std) alone: predict and export "
                         "do nothing else to an image")
@@ -31,17 +32,12 @@ def make_policies(config: Config, mean: tuple[float, ...], std: tuple[float, ...
     return policies | ({"uncropped": uncropped_policy(config, mean, std)} if uncropped_epochs(vars(config)) else {})
 
 
-def _as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
-    """What a policy has made, as H x W x 3 also after ToTensorV2."""
-    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image
-
-
 def check_policies(policies: Policies, images: Images) -> None:
     """Raise UserError unless each policy makes images of three channels and of one size from the first hundred images."""
     for name, policy in policies.items():
         tried = copy.deepcopy(policy)
         tried.set_random_seed(0)
-        shapes = {_as_array(tried(image=image.copy())["image"]).shape for image in images.train.images[:100]}
+        shapes = {as_array(tried(image=image.copy())["image"]).shape for image in images.train.images[:100]}
         if len(shapes) > 1 or any(len(shape) != 3 or shape[2] != 3 for shape in shapes):
             found = " and ".join(" x ".join(map(str, shape)) for shape in sorted(shapes))
             raise UserError(f"the policy of {name} images in batches/augmentation.py makes images of {found}, but must make "

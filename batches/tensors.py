@@ -1,5 +1,6 @@
-"""Images and labels of splits, as tensors."""
+"""Images and labels of splits, as tensors; what a policy has made, as an array."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,3 +14,8 @@ def as_tensors(splits: dict[str, Split], device: torch.device | str = "cpu") -> 
             for split in splits.values()}
     images, labels = ({name: once[id(split)][part] for name, split in splits.items()} for part in (0, 1))
     return images, labels
+
+
+def as_array(image: np.ndarray | torch.Tensor) -> np.ndarray:
+    """What a policy has made of an image, as H x W x 3 also after ToTensorV2."""
+    return image.permute(1, 2, 0).numpy() if isinstance(image, torch.Tensor) else image

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from batches.randomness import AUGMENTATION, ORDER, random_stream
-from batches.tensors import as_tensors
+from batches.tensors import as_array, as_tensors
 from images.dataset import Split
 
 
@@ -37,8 +37,7 @@ class BatchDataset(Dataset):
         for index in indices.tolist():
             py_random.seed(self.seed << 64 | epoch << 32 | index)
             policy.set_random_state(random_stream(self.seed, AUGMENTATION, epoch, index), py_random)
-            image = policy(image=images[index])["image"]
-            batch.append(image.permute(1, 2, 0).numpy() if isinstance(image, Tensor) else image)  # after ToTensorV2
+            batch.append(as_array(policy(image=images[index])["image"]))
         # a process's part of a short batch may be empty
         pixels = np.stack(batch).astype(np.float32, copy=False) if batch else np.empty((0, *images.shape[1:]), np.float32)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2), self.labels[name][torch.from_numpy(indices)]

@@ -63,8 +63,8 @@ def differences(record: Record, reference: Record) -> dict[str, str]:
     recorded = "identity" in network and "identity" in their_network
     if recorded and network["identity"] != their_network["identity"] and not (resized or "dropout" in found):
         found["network"] = short_identity(network)
-    theirs = procedure_of(reference)
-    return found | {name: printable(value[:8]) for name, value in procedure_of(record).items() if value != theirs.get(name)}
+    procedure = procedure_of(reference)
+    return found | {name: printable(value[:8]) for name, value in procedure_of(record).items() if value != procedure.get(name)}
 
 
 def short_identity(network: Mapping[str, Any]) -> str:

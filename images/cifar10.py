@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from config import UserError
-from images.dataset import SIDE, Images, Split, empty_split
+from images.dataset import SIDE, DatasetMissing, Images, Split, empty_split
 from images.folder import has_training_classes
 from images.leftovers import remove_leftovers
 from images.names import printable
@@ -27,10 +27,6 @@ TEST_FILES = {"test_batch": "40351d587109b95175f43aff81a1287e"}
 NAMES_FILE = ("batches.meta", "5ff9c542aee3614f3951f8cda6e48888")
 MOST_BYTES = 2**26  # of a file that is read: the official ones have 31 MB
 TIMEOUT = 15  # seconds without an answer; without it a silent network hangs for ever
-
-
-class DatasetMissing(UserError):
-    """CIFAR-10 is not on this machine and could not be downloaded."""
 
 
 def find_cifar10(root: Path) -> Path:

@@ -15,6 +15,10 @@ from images.names import printable
 SIDE = 32  # pixels: the height and width of every image
 
 
+class DatasetMissing(UserError):
+    """The images are not on this machine, and could not be downloaded."""
+
+
 @dataclass(frozen=True)
 class Split:
     """Images with their labels. `images`: uint8, N x 32 x 32 x 3, RGB. `labels`: int64, N, indices into the class names."""

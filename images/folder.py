@@ -13,7 +13,7 @@ import numpy as np
 import PIL
 
 from config import UserError
-from images.dataset import SIDE, Images, Split, empty_split
+from images.dataset import SIDE, DatasetMissing, Images, Split, empty_split
 from images.decoding import decode_all
 from images.leftovers import remove_leftovers
 from images.names import plural, printable
@@ -22,10 +22,6 @@ TRAINING_SUFFIXES = {".png", ".jpg", ".jpeg"}
 SPLITS = ("train", "test")
 LISTED_CLASSES = 10
 CACHE_HEADERS = 10_000  # bytes at most that the cache holds beside the pixels
-
-
-class FolderMissing(UserError):
-    """There is no folder of training or test images."""
 
 
 @dataclass
@@ -95,8 +91,8 @@ def _class_names(root: Path) -> tuple[str, ...]:
 
 def _class_folders(folder: Path) -> list[str]:
     if not folder.is_dir():
-        raise FolderMissing(printable(f"there is no folder {folder}: --dataset folder needs DIR/train/<class>/* and "
-                                      "DIR/test/<class>/* in the DIR that --data-dir names"))
+        raise DatasetMissing(printable(f"there is no folder {folder}: --dataset folder needs DIR/train/<class>/* and "
+                                       "DIR/test/<class>/* in the DIR that --data-dir names"))
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from config import Config, UserError
-from images.cifar10 import DatasetMissing, cifar10, find_cifar10
-from images.dataset import Images
+from images.cifar10 import cifar10, find_cifar10
+from images.dataset import DatasetMissing, Images
 from images.folder import has_training_classes, image_folder
 from images.names import printable
 from images.synthetic import synthetic

@@ -10,9 +10,7 @@ from torch import nn
 
 from batches.making import Batches, Policies, make_batches, make_policies, resolve_batches
 from config import SETTINGS, Config, UserError, available_cores
-from images.cifar10 import DatasetMissing
-from images.dataset import Images
-from images.folder import FolderMissing
+from images.dataset import DatasetMissing, Images
 from images.loading import load_images
 from inference.network import build_trained_net
 from runs.checkpoint import read_places
@@ -46,7 +44,7 @@ def load_trained(arguments: Namespace) -> Trained:
     config = _restore_config(weights, arguments)
     try:
         images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
-    except (DatasetMissing, FolderMissing) as error:
+    except DatasetMissing as error:
         tried = f", and could not be downloaded ({error.__cause__})" if error.__cause__ else ""
         raise UserError(f"the images that {weights.path} was trained on are not in {config.data_dir}{tried}: name the folder "
                         "that holds them with --data-dir") from error

@@ -16,7 +16,7 @@ from torch import nn
 from config import Config
 from runs.checkpoint import State, copy_state, make_state, pack, write_checkpoint
 from runs.files import NoFileLocks, make_run_folder, remove_run_leftovers, write
-from runs.finding import CHECKPOINT, DIVERGED, RunState, run_state
+from runs.finding import CHECKPOINT, DIVERGED, PROGRAM, RunState, run_state
 from runs.jobs import mark_job
 from runs.log import AccuracyLog, Row, comments
 from runs.record import BEST, CONFIG, FINAL, MODEL, SUMMARY, Record, as_json, summarize
@@ -26,7 +26,7 @@ from training.errors import Diverged
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
 DATE = "%Y-%m-%d_%H-%M-%S"  # the name of a run's folder; its --name follows
-MODEL_SOURCE = (Path(__file__).parents[1] / MODEL).read_bytes()  # now: a user may edit it while runs of a sweep are made
+MODEL_SOURCE = (PROGRAM / MODEL).read_bytes()  # now: a user may edit it while runs of a sweep are made
 
 
 class RunWriter:
