@@ -15,7 +15,8 @@ class Convolution:
     """One convolution in a forward pass. Sizes are in pixels, `output` is (channels, height, width).
 
     `jump` is the distance in the input image between neighbours in the output. Where `jump` and `receptive_field` can't be
-    computed they are None, and `unknown` says why. A receptive field behind a global pooling is the side of the image.
+    computed they are None, and `unknown` says why. A receptive field behind a global pooling is at least the
+    side of the image.
     """
 
     name: str
@@ -30,8 +31,8 @@ class Convolution:
 
 
 # Layers that leave each pixel where it is, and the receptive field as it was.
-PIXELWISE = (nn.BatchNorm2d, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU,
-             nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh)
+PIXELWISE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.Dropout, nn.Dropout2d, nn.ReLU, nn.ReLU6, nn.LeakyReLU,
+             nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardtanh, nn.Sigmoid, nn.Tanh)
 SLIDING = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 GLOBAL = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 

@@ -76,7 +76,7 @@ class WorkerBatches:
 
     def close(self) -> None:
         """End the workers, also in the middle of an epoch."""
-        if self.loader._iterator is not None and self.loader.num_workers:
+        if self.loader._iterator is not None:
             self.loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _run(self, name: str, epoch: int, order: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:

@@ -31,10 +31,10 @@ from experiments.statistics import LEVEL
 from images.dataset import SIDE
 from images.names import plural
 from model import Net
+from runs.finding import PROGRAM, REFERENCE
 from runs.record import CONFIG, Run, read_run
 
-ROOT = Path(__file__).parents[1]
-REFERENCE, RESULTS = ROOT / "logs" / "reference", ROOT / "benchmarks" / "results"
+RESULTS = PROGRAM / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
 # What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
 WHOLE_IMAGES = {"epochs": 20, "crop_size": 32, "uncropped_share": 0.0}
@@ -118,7 +118,7 @@ def compute(settings: Mapping[str, Any]) -> float:
     images = ((settings["epochs"] - uncropped) * (settings["crop_size"] / SIDE) ** 2 + uncropped) / Config().epochs
     total = images * multiply_adds(settings["width"])
     for name in filter(None, settings["teacher"].split(",")):
-        teacher = vars(Config()) | read_run(ROOT / name).record["config"]
+        teacher = vars(Config()) | read_run(PROGRAM / name).record["config"]
         total += compute(teacher) + images * multiply_adds(teacher["width"]) / 3
     return total
 
@@ -204,8 +204,8 @@ def first_sentence(path: Path) -> str:
 
 def structure() -> str:
     """Every file of the program with the first sentence of its docstring, room by room."""
-    lines = [f"{name:22} {first_sentence(ROOT / name)}" for name in ("config.py", "main.py", "model.py")]
-    for room in sorted(path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "benchmarks"):
+    lines = [f"{name:22} {first_sentence(PROGRAM / name)}" for name in ("config.py", "main.py", "model.py")]
+    for room in sorted(path.parent for path in PROGRAM.glob("*/__init__.py") if path.parent.name != "benchmarks"):
         lines.append(f"{room.name}/")
         lines += [f"  {path.relative_to(room)!s:20} {first_sentence(path)}" for path in sorted(room.rglob("[!_]*.py"))]
     return "```\n" + "\n".join(lines) + "\n```"
@@ -268,7 +268,7 @@ def tables() -> dict[str, str]:
 
 def documents() -> list[Path]:
     """The texts that people read."""
-    return [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+    return [*sorted(PROGRAM.glob("*.md")), *sorted((PROGRAM / "docs").glob("*.md"))]
 
 
 def updated(text: str) -> str:

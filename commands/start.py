@@ -76,16 +76,6 @@ def run(arguments: Namespace, train: Callable) -> int:
         return status
 
 
-def run_line(line: list[str], train: Callable) -> int:
-    """Parse and run a command line in this process. Returns the exit status."""
-    try:
-        arguments = parse(line)
-        cap_instruction_set(arguments)
-    except UserError as error:
-        return report(error) or 0
-    return run(arguments, train)
-
-
 def report(error: BaseException) -> int | None:
     """Print an error that the user can fix as one line on stderr. Returns the exit status, or None for a bug."""
     if isinstance(error, StopRequested):

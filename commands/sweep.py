@@ -14,7 +14,8 @@ from experiments.sweep import Outcome, PlannedRun, Train, make_runs_here, plan_r
 
 
 def run(arguments: Namespace, train: Train) -> int:
-    """Train the runs of `arguments.configs`, here or on Ray. `train` is main.train. Returns 1 where a run on Ray failed."""
+    """Train the runs of `arguments.configs`, here or on Ray. `train` is main.train. Returns 1 where a run on Ray failed or
+    diverged."""
     remove_stale_claims(Path(arguments.log_dir))
     if arguments.on == "here":
         plan, images = plan_runs(arguments.configs)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO
 
@@ -25,12 +25,8 @@ def claim(log_dir: Path, key: str) -> Iterator[bool]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(path, error) from error
-    file = _lock(path)
-    try:
+    with _lock(path) or nullcontext() as file:
         yield file is not None
-    finally:
-        if file is not None:
-            file.close()
 
 
 def _lock(path: Path) -> IO[bytes] | None:

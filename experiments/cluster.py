@@ -26,13 +26,12 @@ from experiments.comparison import JUDGED_BY, metric_of
 from experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
 from images.dataset import Images
 from runs.files import make_run_folder, write
-from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, next_number
+from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, PROGRAM, RunState, next_number
 from runs.record import CONFIG, as_json, read_summary
 from runs.resuming import LOCK
 from runs.weights import Weights, find_teachers
 from training.errors import StopRequested, as_user_errors, stop_on_signals
 
-ROOT = Path(__file__).parents[1]
 OUTPUT = "output.txt"  # in a run's folder: what it printed
 RETRIES = 3  # of a run whose worker or node died
 GRACE = 30.0  # seconds that runs have to save their epochs after Ctrl-C
@@ -190,9 +189,9 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
         return Outcome.FAILED, f"failed: its worker was lost ({str(error).splitlines()[0]})"
     name = result.folder
     if result.files:
-        log_dir, files = Path(planned.config.log_dir), dict(result.files)
-        record = json.loads(files[CONFIG]) | {"number": next_number(log_dir)}
-        name = make_run_folder(log_dir, name, files | {CONFIG: as_json(record).encode()}).name
+        log_dir = Path(planned.config.log_dir)
+        record = json.loads(result.files[CONFIG]) | {"number": next_number(log_dir)}
+        name = make_run_folder(log_dir, name, result.files | {CONFIG: as_json(record).encode()}).name
     if result.outcome is Outcome.FAILED:
         return result.outcome, f"failed: {result.message}"
     return result.outcome, f"{result.accuracy or result.outcome.value}, {name}"
@@ -266,6 +265,6 @@ def _check_address(address: str | None) -> None:
 def _environment(address: str | None, variables: Mapping[str, str]) -> dict[str, Any]:
     """How workers find this program: where it is, or in a copy that Ray sends to the machines of a cluster."""
     if not address:
-        return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}}
-    folders = [path.name for path in ROOT.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
-    return {"env_vars": dict(variables), "working_dir": str(ROOT), "excludes": [f"/{name}" for name in folders]}
+        return {"env_vars": {**variables, "PYTHONPATH": os.pathsep.join([str(PROGRAM), os.environ.get("PYTHONPATH", "")])}}
+    folders = [path.name for path in PROGRAM.iterdir() if path.is_dir() and not (path / "__init__.py").exists()]
+    return {"env_vars": dict(variables), "working_dir": str(PROGRAM), "excludes": [f"/{name}" for name in folders]}

@@ -1,13 +1,12 @@
 """Differences between runs in settings, network and training procedure."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from config import MACHINE_SETTINGS, SETTINGS, uncropped_epochs
 from images.dataset import SIDE
 from images.names import printable
-from runs.record import Record
+from runs.record import Record, teacher_digests
 
 # Settings without which others have no effect
 DEPENDENTS = {"affine_p": ("shift", "scale", "rotate"), "coarse_dropout_p": ("coarse_dropout_size",),
@@ -29,7 +28,7 @@ def effective_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         known |= {name: DEFAULTS[name] for name in ("crop_padding", "crop_size", "uncropped_share")}
     elif not uncropped:  # every image is cropped
         known["uncropped_share"] = DEFAULTS["uncropped_share"]
-    known["teacher"] = re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", known["teacher"])  # RUN:DIGEST,RUN:DIGEST in a record
+    known["teacher"] = teacher_digests(known["teacher"])
     return {name: value for name, value in known.items() if name not in (*MACHINE_SETTINGS, "seed", *idle)}
 
 

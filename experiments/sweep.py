@@ -63,7 +63,8 @@ class PlannedRun:
 
 
 def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
-    """The runs that `configs` describe, in their order, and the images that they share: those of the first config."""
+    """The runs that `configs` describe, each once, in their order, and the images that they share, which the first config
+    names."""
     refuse_run_folder(Path(configs[0].log_dir))
     teachers = {}
     for config in configs:  # before any image is downloaded
@@ -78,7 +79,11 @@ def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Images]:
         config, "".join(f"{name} {getattr(config, name)}, " for name in varied) + f"seed {config.seed}",
         effective_settings(vars(replace(resolve_dataset(config, images), teacher=teachers[config.teacher]))),
         fingerprints[config.validation], describe(*net_settings(vars(config)).items()), procedure) for config in configs]
-    return plan, images
+    distinct = list({planned.key: planned for planned in plan}.values())
+    if len(distinct) < len(plan):
+        print(f"{len(plan) - len(distinct)} of the {len(plan)} combinations change only what has no effect beside the others: "
+              "left out")
+    return distinct, images
 
 
 def find_matching_run(planned: PlannedRun) -> tuple[RunState, Path] | None:

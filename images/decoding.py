@@ -87,7 +87,6 @@ class _Chunk:
     images: np.ndarray
     resized: int
     errors: list[str]
-    files: int
 
 
 def _decode_chunk(paths: list[str]) -> _Chunk:
@@ -99,7 +98,7 @@ def _decode_chunk(paths: list[str]) -> _Chunk:
             resized += was_resized
         except UserError as error:
             errors.append(str(error).removesuffix(REMEDY))
-    return _Chunk(np.concatenate(images), resized, errors, len(paths))
+    return _Chunk(np.concatenate(images), resized, errors)
 
 
 def decode_all(paths: list[str]) -> np.ndarray:
@@ -148,7 +147,7 @@ def _collect(chunks: Iterable[_Chunk], bar: tqdm) -> list[_Chunk]:
     done = []
     for chunk in chunks:
         done.append(chunk)
-        bar.update(chunk.files)
+        bar.update(len(chunk.images) + len(chunk.errors))
     return done
 
 

@@ -36,8 +36,7 @@ def write(path: Path, data: bytes | str, durable: bool = False) -> None:
                     os.fsync(file.fileno())
             os.replace(beside, path)
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                beside.unlink()
+            beside.unlink(missing_ok=True)
         if durable:
             sync_folder(path.parent)
     except OSError as error:

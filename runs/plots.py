@@ -170,19 +170,20 @@ def draw_augmentation(train: Split, policy: A.Compose, class_names: Sequence[str
 
 
 def _tile(axes: Axes, pictures: Sequence[np.ndarray], columns: int, gaps: tuple[int, int]) -> list[tuple[int, int]]:
-    """Draw pictures, uint8, at most SIDE x SIDE x 3, row by row, with `gaps` between the rows and the columns. Returns the
-    upper left corners of their places, (x, y). All lengths are in pixels of the pictures."""
-    down, across = SIDE + gaps[0], SIDE + gaps[1]
+    """Draw pictures, uint8 H x W x 3, row by row, with `gaps` between the rows and the columns. Returns the upper left corners
+    of the SIDE x SIDE pixels in the middle of each, (x, y). All lengths are in pixels of the pictures."""
+    side = max([SIDE, *(length for picture in pictures for length in picture.shape[:2])])
+    down, across = side + gaps[0], side + gaps[1]
     rows = max(-(-len(pictures) // columns), 1)
     corners = [(index % columns * across, index // columns * down) for index in range(len(pictures))]
     canvas = np.full((rows * down - gaps[0], columns * across - gaps[1], 3), 255, dtype=np.uint8)
     for picture, (x, y) in zip(pictures, corners, strict=True):
-        top, left = (y + (SIDE - picture.shape[0]) // 2, x + (SIDE - picture.shape[1]) // 2)
+        top, left = (y + (side - picture.shape[0]) // 2, x + (side - picture.shape[1]) // 2)
         canvas[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
     axes.imshow(canvas, interpolation="nearest", extent=(0, canvas.shape[1], canvas.shape[0], 0))
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
-    return corners
+    return [(x + (side - SIDE) // 2, y + (side - SIDE) // 2) for x, y in corners]
 
 
 def draw_receptive_field(image: np.ndarray, stages: dict[str, int], path: Path) -> None:

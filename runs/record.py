@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -69,6 +70,12 @@ def _installed(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def teacher_digests(teacher: str) -> str:
+    """A record's teachers, RUN:DIGEST,RUN:DIGEST, without the names of the runs: weights are the same whatever their folder is
+    called."""
+    return re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", teacher)
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, float | int]:

@@ -1,8 +1,7 @@
 """Load an unfinished run, and check that it resumes with the same settings, images, network and training procedure."""
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +10,7 @@ from config import SETTINGS, Config, UserError, flag
 from runs.checkpoint import State, read_newest
 from runs.files import TEMPORARY, lock_file, unwritable
 from runs.finding import CHECKPOINT, find_unfinished
-from runs.record import CONFIG, MODEL, Record
+from runs.record import CONFIG, MODEL, Record, teacher_digests
 from training.procedure import FILES, describe_procedure
 
 LOCK = ".lock"
@@ -36,7 +35,7 @@ class Unfinished:
         if record["dataset"]["sha256"] != before["dataset"]["sha256"]:
             raise UserError(f"the images in {self.config.data_dir} are not those that run {name} began with: "
                             "name the right folder with --data-dir")
-        if record["config"]["teacher"] != before["config"].get("teacher", ""):
+        if teacher_digests(record["config"]["teacher"]) != teacher_digests(before["config"].get("teacher", "")):
             raise UserError(f"teacher {self.config.teacher} is not the one that run {name} began with: name "
                             "that one with --teacher")
         network = before["network"]
@@ -52,15 +51,6 @@ class Unfinished:
             notes.append(f"resumed at epoch {len(self.state['rows'])} with changes, so the bits may differ from a run "
                          f"that was not interrupted: {'; '.join(changes)}")
         return record | {"notes": notes, "number": before.get("number", 0)}
-
-    @contextmanager
-    def as_mismatch_error(self) -> Iterator[None]:
-        """Raise UserError where the state doesn't fit the network."""
-        try:
-            yield
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise UserError(f"run {self.folder.name} does not fit the network of model.py, or this version of the program: "
-                            "undo the edits made since, or start a new run") from error
 
 
 def load_unfinished(name: str, given: Mapping[str, Any]) -> Unfinished:

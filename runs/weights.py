@@ -105,8 +105,8 @@ def read_weights(path: Path) -> Weights:
         tensors, (header, body) = load(data), _split(data)
         metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
         digest = hashlib.sha256(body).hexdigest()
-        if metadata.get("sha256", digest) != digest or metadata.get("header_sha256", _header_digest(header)) != _header_digest(
-                header):
+        digests = {"sha256": digest, "header_sha256": _header_digest(header)}
+        if any(metadata.get(key, found) != found for key, found in digests.items()):
             raise ValueError("its checksum is wrong")
         if any(tensor.isnan().any() for tensor in tensors.values()):
             raise ValueError("some of its weights are not numbers")

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import nn
 
-from config import Config
+from config import Config, UserError
 from runs.checkpoint import State, copy_state, make_state, pack, write_checkpoint
 from runs.files import NoFileLocks, make_run_folder, remove_run_leftovers, write
 from runs.finding import CHECKPOINT, DIVERGED, PROGRAM, RunState, run_state
@@ -178,11 +178,15 @@ def start_run(config: Config, record: Record, net: nn.Module, optimizer: torch.o
 
 def resume_run(unfinished: Unfinished, config: Config, record: Record, net: nn.Module,
                optimizer: torch.optim.Optimizer, teachers: Sequence[Weights] = ()) -> RunWriter:
-    """Load the state of an unfinished run into `net` and `optimizer`, and go on with its files."""
+    """Load the state of an unfinished run into `net` and `optimizer`, and go on with its files. Raises UserError where the
+    state doesn't fit them."""
     record, state = unfinished.continue_record(record), unfinished.state
-    with unfinished.as_mismatch_error():
+    try:
         net.load_state_dict(state["net"])
         _load_optimizer_state(optimizer, state["optimizer"]["state"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"run {unfinished.folder.name} does not fit the network of model.py, or this version of the program: "
+                        "undo the edits made since, or start a new run") from error
     return RunWriter(unfinished.folder, unfinished.lock, record, local_places(config, teachers), net, optimizer, state)
 
 

@@ -17,6 +17,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
+from config import UserError
 from images.synthetic import synthetic as draw_synthetic
 from runs.finding import find_runs
 
@@ -75,19 +76,29 @@ def cifar10() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
-def command(capsys, monkeypatch):
-    """Run a command line in this process: command("compare", "--log-dir", ...) -> (status, stdout, stderr)."""
+def run_line(line: list[str]) -> int:
+    """Run a command line in this process, without ending it. Returns the exit status."""
     import main
     from commands import start
 
+    try:
+        arguments = start.parse(line)
+        start.cap_instruction_set(arguments)
+    except UserError as error:
+        return start.report(error)
+    return start.run(arguments, main.train)
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """Run a command line in this process: command("compare", "--log-dir", ...) -> (status, stdout, stderr)."""
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
 
     def command(*arguments: object):
         capsys.readouterr()
-        status = start.run_line([str(argument) for argument in arguments], main.train)
+        status = run_line([str(argument) for argument in arguments])
         return status, *capsys.readouterr()
 
     yield command
@@ -109,10 +120,11 @@ def run(command, pictures, tmp_path):
 def start_program(*arguments: str, interval: float | None = None, before: str = "") -> subprocess.Popen:
     """Start main.py in a process of its own, with pipes. `interval` replaces the seconds between checkpoints, `before` is
     Python to run first."""
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main; from commands.start import run_line\n"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main\n"
+    code += "from commands.start import parse_or_exit, run_or_exit\n"
     if interval is not None:
         code += f"from runs import writer; writer.INTERVAL = {interval}\n"
-    code += f"{before}\nif __name__ == '__main__': sys.exit(run_line(sys.argv[1:], main.train))"
+    code += f"{before}\nif __name__ == '__main__': run_or_exit(parse_or_exit(), main.train)"
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | NO_NETWORK, start_new_session=True)
 

@@ -311,9 +311,11 @@ def test_weights_that_blow_up_in_the_last_step_are_no_result(run, tmp_path, monk
 def test_into_a_pipe_an_epoch_is_a_line_and_no_slow_import_is_made(pictures, tmp_path):
     process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
                     "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures",
-                    before="import atexit, urllib.request\n"
+                    before="import urllib.request\n"
+                           "from commands import start\n"
                            "urllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')\n"
-                           "atexit.register(lambda: print(*sys.modules))")
+                           "leave = start._exit\n"
+                           "start._exit = lambda status: (print(*sys.modules), leave(status))")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     rows = [line.split() for line in out.splitlines() if line[:5].strip().isdigit()]

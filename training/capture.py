@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from batches.streams import after_this, side_stream, wait_for
 from batches.timing import milliseconds
 from config import Config
 from training.distillation import Distillation
@@ -16,7 +17,7 @@ from training.step import Forward, Loss, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
 # Before this release a failed capture left the allocator in capture mode (pytorch #180395)
-FAILURES_END_CLEANLY = (2, 13)
+FAILURES_END_CLEANLY = "2.13"
 Kernels = tuple[Forward, Loss | None]  # what a step computes its forward pass and its loss with; None: its own loss
 Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them
 
@@ -42,7 +43,7 @@ class CapturedStep:
         self.rates_now: list[float] = []
         self.possible = True
         self.difference = 0.0  # the largest that a self-check has found
-        self.kernels = ""  # what became of the fused kernels, for the note
+        self.fused_outcome = ""  # what became of the fused kernels, for the note
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Train on images float32 N x 3 x H x W and labels int64 N, both on the device."""
@@ -66,12 +67,12 @@ class CapturedStep:
                 reason = self._capture(*inputs, self.own) or self._check(*inputs)
                 full = next(iter(self.recordings), images.shape)[0]  # of images: each epoch begins with a full batch
                 if self.fused and not reason and len(labels) == full:
-                    self.kernels, reason = self._try_fused(*inputs, self.fused)
+                    self.fused_outcome, reason = self._try_fused(*inputs, self.fused)
         finally:
             with torch.no_grad():
                 put_back(step_state(self.step), before)
             self.optimizer.zero_grad()
-        self.note = (f"captured{self.kernels}; a replay and an eager step differ by at most "
+        self.note = (f"captured{self.fused_outcome}; a replay and an eager step differ by at most "
                      f"{100 * self.difference:.2g} % of a tensor's change")
         if reason:
             self.possible, self.note = False, f"not captured: {reason}"
@@ -180,7 +181,7 @@ def make_step(net: nn.Module, optimizer: torch.optim.Optimizer, device: torch.de
         reason = "that needs CUDA, and batches made on the device"
     elif processes.size > 1:
         reason = "that needs a run of one process"
-    elif config.capture == "auto" and torch_version() < FAILURES_END_CLEANLY:
+    elif config.capture == "auto" and torch.__version__ < FAILURES_END_CLEANLY:
         reason = f"PyTorch {torch.__version__} can't go on after a failed capture"
     if not reason:
         return CapturedStep(step, fused_kernels(step) if config.kernels == "fused" else None)
@@ -221,26 +222,15 @@ def _stop_behind(error: BaseException) -> BaseException | None:
     return cause
 
 
-def torch_version() -> tuple[int, int]:
-    """PyTorch's major and minor version."""
-    major, minor = torch.__version__.split(".")[:2]
-    return int(major), int(minor)
-
-
 def _warm_up(run: Callable[[], object], times: int, device: torch.device) -> None:
     """Run a few times, on CUDA in a stream of its own, as captures want it."""
-    if device.type != "cuda":
-        for _ in range(times):
-            run()
-        return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    stream = side_stream(device, "captures")
     try:
-        with torch.cuda.stream(stream):
+        with after_this(stream):
             for _ in range(times):
                 run()
     finally:  # restoring the state must wait for what was launched
-        torch.cuda.current_stream(device).wait_stream(stream)
+        wait_for(stream)
 
 
 def _graph(run: Callable[[], object]) -> Callable[[], object]:

@@ -111,9 +111,8 @@ class Processes:
         if self.size > 1 and tensors:
             saved = self.broadcast(lambda: _bytes(tensors))
             if not self.is_first:
-                with torch.no_grad():
-                    for name, tensor in torch.load(io.BytesIO(saved), map_location="cpu").items():
-                        tensors[name].copy_(tensor)
+                for name, tensor in torch.load(io.BytesIO(saved), map_location="cpu").items():
+                    tensors[name].copy_(tensor)
 
     def load_images(self, load: Callable[[str, str], Images], config: Config) -> Images:
         """Load the config's images with `load`, in one process of each machine first, so that the others find them downloaded

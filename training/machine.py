@@ -76,7 +76,7 @@ def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
 
     They are hashed because torch's CPU generator looks at 32 bits of its seed only.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank) if rank else (seed, epoch)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
 
 
 def keep_freed_memory() -> None:

@@ -90,6 +90,10 @@ def test_pooling_is_followed():
     assert (found[-1].jump, found[-1].receptive_field) == (2, 8)
 
 
+def test_a_network_of_several_processes_has_the_same_figures():
+    assert convolutions(nn.SyncBatchNorm.convert_sync_batchnorm(Net())) == convolutions(Net())
+
+
 def test_looking_leaves_the_network_as_it_was():
     net = Net(dropout=0.5)
     net.conv_block1.eval()

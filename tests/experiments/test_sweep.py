@@ -81,6 +81,13 @@ def test_a_plan_says_what_varies_and_can_be_sent_to_another_process(configs):
     assert pickle.loads(pickle.dumps(plan)) == plan
 
 
+def test_combinations_that_train_the_same_are_one_run(configs, capsys):
+    plan = planned_runs(configs("--affine-p", "0,0.5", "--shift", "0.05,0.1"))
+    assert [(planned.config.affine_p, planned.config.shift) for planned in plan[1:]] == [(0.5, 0.05), (0.5, 0.1)]
+    assert plan[0].config.affine_p == 0
+    assert "1 of the 4 combinations change only what has no effect" in capsys.readouterr().out
+
+
 def test_the_key_is_that_of_the_run_and_not_of_how_it_is_made(configs, monkeypatch):
     [one, *_], [same, *_] = (planned_runs(configs("--seeds", "2", "--epochs", "3", *more)) for more in (
         [], ["--name", "again", "--batches", "workers", "--tensorboard"]))

@@ -8,12 +8,10 @@ from argparse import Namespace
 from pathlib import Path
 
 import torch
-from conftest import SMALL, write_folder
+from conftest import SMALL, run_line, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import main
-from commands import start
 from runs.weights import save_weights
 
 CHANCE = 100 / 3  # percent of the test images, of which each of three classes has as many
@@ -27,7 +25,7 @@ def learned_run() -> Path:
     write_folder(folder / "pictures", train=110, test=20)
     line = ["--dataset", "folder", "--data-dir", str(folder / "pictures"), "--log-dir", str(folder / "logs"), "--epochs", "6",
             "--lr", "0.05", "--affine-p", "0", "--coarse-dropout-p", "0", "--validation", "30", *SMALL]
-    assert start.run_line(line, main.train) == 0
+    assert run_line(line) == 0
     torch.set_num_threads(threads)
     return folder
 

@@ -169,6 +169,20 @@ def test_augmentation_names_the_classes(tmp_path, saved):
     assert not all(np.array_equal(pixels[:32, x:x + 32], first) for x in (35, 70, 105, 140))
 
 
+@pytest.mark.parametrize("side", [24, 40])
+def test_augmentation_may_change_the_size(tmp_path, saved, side):
+    images, _, _ = made_up(("cat", "dog"))
+    plots.draw_augmentation(images.train, A.Compose([A.Resize(side, side)]), images.class_names, tmp_path / "it.png", columns=2)
+    (axes,) = saved[0].axes
+    pixels, largest = axes.images[0].get_array(), max(side, 32)
+    margins = [(largest - each) // 2 for each in (32, side)]
+    assert pixels.shape == (2 * largest + 3, 3 * largest + 6, 3)
+    assert [patch.get_xy() for patch in axes.patches] == [(margins[0], margins[0]), (margins[0], margins[0] + largest + 3)]
+    assert np.array_equal(pixels[margins[0]:, margins[0]:][:32, :32], images.train.images[0])
+    resized = A.Resize(side, side)(image=images.train.images[0])["image"]
+    assert np.array_equal(pixels[margins[1]:, largest + 3 + margins[1]:][:side, :side], resized)
+
+
 def test_curves_show_a_validation_too(tmp_path, saved, run):
     assert run("--epochs", "2", "--validation", "9", "--pictures")[0] == 0
     drawn = words(saved[0])

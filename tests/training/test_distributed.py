@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, synthetic, weights_of
+from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, run_line, synthetic, weights_of
 from torch import nn
 from tqdm import tqdm
 
@@ -74,7 +74,6 @@ def program(line: list[str], epoch: int = -1, rank: int = -1, action: str = "") 
     """Run main.py's command line; before that epoch of training, the process of that rank (-1: each) does
     what `action` says."""
     import main
-    from commands.start import run_line
 
     train_epoch, calls = main.train_epoch, iter(range(100))
 
@@ -94,7 +93,7 @@ def program(line: list[str], epoch: int = -1, rank: int = -1, action: str = "") 
             nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
     main.train_epoch = acting
     sys.stdout.reconfigure(line_buffering=True)
-    sys.exit(run_line(line, main.train))
+    sys.exit(run_line(line))
 
 
 @pytest.fixture
@@ -391,7 +390,7 @@ attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 dist.rendezvous = lambda *_, **__: iter([(dist.FileStore({store!r} + attempt, 2), int(os.environ["RANK"]), 2)])
 import main
 from runs import writer
-from commands.start import run_line
+from commands.start import parse_or_exit, run_or_exit
 writer.INTERVAL = 0
 train_epoch, epochs = main.train_epoch, iter(range(100))
 def acting(*arguments):
@@ -399,7 +398,7 @@ def acting(*arguments):
         {action}
     return train_epoch(*arguments)
 main.train_epoch = acting
-sys.exit(run_line(sys.argv[1:], main.train))
+run_or_exit(parse_or_exit(), main.train)
 """
 
 

@@ -148,6 +148,27 @@ def test_what_the_kernels_do_not_compute_is_refused(net):
     assert fuse(net.to(memory_format=torch.channels_last)) is None
 
 
+class Scaled(Net):
+    """A parameter, a buffer and a constant behind the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.register_buffer("scale", torch.full((), 3.0))
+
+    def forward(self, images):
+        return super().forward(images) * self.temperature * self.scale + torch.tensor([1.0])
+
+
+def test_tensors_behind_the_pooling_are_used(monkeypatch):
+    monkeypatch.setattr(network.Chain, "forward", lambda *_: torch.full((2, 10, 1, 1), 2.0))
+    net = Scaled().to(memory_format=torch.channels_last)
+    logits = fuse(net)(torch.empty(2, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert logits.tolist() == [10 * [7.0]] * 2
+    logits.sum().backward()
+    assert net.temperature.grad == 2 * 10 * 6
+
+
 def test_contiguous_weights_are_refused():
     assert fuse(Net()) is None
 

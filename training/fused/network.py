@@ -85,9 +85,10 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
     try:
         with in_mode(net, training=True):
-            graph = fx.symbolic_trace(net).graph
+            fused = fx.symbolic_trace(net)
     except Exception:  # a forward that depends on its input can't be traced
         return None
+    graph = fused.graph
     start, *nodes = graph.nodes
     replaced: list[fx.Node] = []
     layers: list[nn.Module] = []  # that they call
@@ -107,7 +108,8 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
         replaced[-1].replace_all_uses_with(graph.create_node("call_module", "chain", (start,)))
     for node in reversed(replaced):
         graph.erase_node(node)
-    fused = fx.GraphModule({**dict(net.named_modules()), **dict(net.named_parameters()), "chain": chain}, graph)
+    fused.add_submodule("chain", chain)
+    fused.recompile()
 
     def forward(images: Tensor) -> Tensor:
         with torch.autocast("cuda", enabled=False):  # what follows is small: float32 saves its casts
