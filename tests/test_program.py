@@ -22,6 +22,7 @@ from model import Net
 from runs.finding import find_runs
 from runs.log import read_log
 from runs.record import read_run
+from training.dilated import FastDilatedConv2d
 from training.metrics import Result
 from training.optimizer import SGD
 
@@ -173,6 +174,13 @@ def test_cuda_where_there_is_none(run):
     status, _, err = run("--device", "cuda")
     assert status == 2
     assert "device is cuda, but this PyTorch finds 0 cuda devices: use --device cpu" in one_line(err)
+
+
+def test_a_log_folder_that_is_a_runs(run, tmp_path):
+    assert run("--epochs", "1")[0] == 0
+    status, _, err = run("--epochs", "1", "--log-dir", only_run(tmp_path))
+    assert status == 2
+    assert "is the folder of a run" in one_line(err)
 
 
 def test_a_log_folder_that_is_a_file(run, tmp_path):
@@ -339,13 +347,35 @@ def test_the_real_cifar10_trains(cifar10, command, tmp_path, monkeypatch):
     assert rows[-1]["train_acc"] > 20  # chance is 10
 
 
-def test_the_optimizer_has_the_settings(run, monkeypatch):
-    seen = []
-    monkeypatch.setattr(main, "train_epoch", lambda step, *_: (seen.append(step.optimizer), Result(1.0, 10.0))[1])
-    assert run("--epochs", "1", "--momentum", "0.7", "--nesterov", "--weight-decay", "0.123")[0] == 0
-    (group,) = seen[0].param_groups
-    assert type(seen[0]) is SGD
+def test_training_has_the_settings(run, monkeypatch):
+    assert run("--epochs", "1", "--name", "wide")[0] == 0
+    steps, threads, seeds, determinism = [], [], [], []
+
+    def look(step, *_):
+        steps.append(step)
+        threads.append(torch.get_num_threads())
+        seeds.append(torch.initial_seed())
+        return Result(1.0, 10.0)
+
+    monkeypatch.setattr(main, "train_epoch", look)
+    monkeypatch.setattr(main, "set_determinism", lambda config: determinism.append(config.deterministic))
+    assert run("--epochs", "2", "--momentum", "0.7", "--nesterov", "--weight-decay", "0.123", "--label-smoothing", "0.3",
+               "--teacher", "wide", "--teacher-share", "0.4", "--temperature", "2", "--threads", "2", "--deterministic")[0] == 0
+    step, optimizer = steps[0], steps[0].optimizer
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is SGD
     assert (group["momentum"], group["nesterov"], group["weight_decay"], group["dampening"]) == (0.7, True, 0.123, 0)
+    assert (step.label_smoothing, step.distillation.weight, step.distillation.temperature) == (0.3, 0.4, 2.0)
+    assert sum(type(layer) is FastDilatedConv2d for layer in step.net.modules()) == 1
+    assert (threads, determinism) == ([2, 2], [True])
+    assert seeds[0] != seeds[1]  # dropout draws other numbers in each epoch
+
+
+@pytest.mark.parametrize(("batches", "losses"), [("device", [1.1088, 1.1187, 1.0900]), ("workers", [1.1010, 1.1068, 1.0917])])
+def test_a_run_draws_what_the_committed_runs_drew(run, tmp_path, batches, losses):
+    """Initialization, order and augmentation. Other instructions move these figures by 0.0002, other draws by much more."""
+    assert run("--epochs", "3", "--lr", "0.02", "--label-smoothing", "0.1", "--crop-padding", "2", "--batches", batches)[0] == 0
+    assert [row["train_loss"] for row in read_run(only_run(tmp_path)).rows] == pytest.approx(losses, abs=5e-4)
 
 
 def test_the_test_images_are_not_augmented(run, monkeypatch):

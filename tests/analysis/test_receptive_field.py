@@ -88,6 +88,8 @@ def test_a_layer_that_cannot_be_followed_is_named(layer, words):
 def test_pooling_is_followed():
     found = convolutions(nn.Sequential(nn.Conv2d(3, 3, 3), nn.MaxPool2d(2), nn.Conv2d(3, 3, 3)))
     assert (found[-1].jump, found[-1].receptive_field) == (2, 8)
+    found = convolutions(nn.Sequential(nn.Conv2d(3, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Conv2d(3, 3, 1)))
+    assert found[-1].receptive_field == 32
 
 
 def test_a_network_of_several_processes_has_the_same_figures():

@@ -161,6 +161,14 @@ def test_what_makes_no_sweep_is_refused_before_it_begins(arguments, words, comma
 
 # ---------------------------------------------------------------- making them
 
+def test_a_log_folder_that_is_a_runs_is_refused_before_the_images_are_loaded(configs, monkeypatch):
+    planned = planned_runs(configs("--seeds", "2"))[0]
+    folder = write_run(planned)
+    monkeypatch.setattr(sweep_module, "load_images", never)
+    with pytest.raises(UserError, match="is the folder of a run"):
+        plan_runs([dataclasses.replace(planned.config, log_dir=str(folder))])
+
+
 def test_a_run_that_another_sweep_holds_is_skipped(configs, tmp_path, monkeypatch, capsys):
     plan = planned_runs(configs("--seeds", "2"))
     held = plan[0].key

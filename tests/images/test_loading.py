@@ -3,9 +3,12 @@
 import hashlib
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -141,6 +144,38 @@ def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypa
         with pytest.raises(UserError, match=f"{name} is damaged"):
             load_images("cifar10", str(tmp_path))
         (folder / name).write_bytes(whole)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_cifar10_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, broken):
+    contents = {"one": {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]},
+                "test": {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, "names": {"label_names": ["a", "b"]}}
+    batches, timeouts = {name: pickle.dumps(content) for name, content in contents.items()}, []
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
+    monkeypatch.setattr(cifar10_module, "TRAIN_FILES", {"one": md5["one"]})
+    monkeypatch.setattr(cifar10_module, "TEST_FILES", {"test": md5["test"]})
+    monkeypatch.setattr(cifar10_module, "NAMES_FILE", ("names", md5["names"]))
+
+    def download(root, download):
+        assert download
+        timeouts.append(socket.getdefaulttimeout())
+        (Path(root) / "cifar-10-batches-py").mkdir()
+        for name, data in batches.items():
+            (Path(root) / "cifar-10-batches-py" / name).write_bytes(data)
+            if broken:
+                raise OSError("the connection was lost")
+
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=download))
+    if broken:
+        with pytest.raises(UserError, match="could not be downloaded"):
+            load_images("cifar10", str(tmp_path / "data"))
+        assert not (tmp_path / "data").exists()
+    else:
+        assert len(load_images("cifar10", str(tmp_path / "data")).train) == 2
+        assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
+    assert timeouts == [cifar10_module.TIMEOUT]
+    assert socket.getdefaulttimeout() is None
 
 
 # ---------------------------------------------------------------- with CIFAR-10

@@ -50,6 +50,20 @@ def test_a_durable_write_reaches_the_disk_before_it_counts(tmp_path, monkeypatch
     assert events == (["sync", "replace", "sync"] if durable else ["replace"])  # the file, then its folder
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="can't tell which file was synced")
+def test_the_files_of_a_new_run_reach_the_disk(tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def noted(handle):
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    monkeypatch.setattr(files.os, "fsync", noted)
+    make_run_folder(tmp_path, "x", {"config.json": "{}", "checkpoint.pt": b"x"})
+    assert [path.rpartition("-")[2] for path in synced if "tmp" in path.rpartition("/")[2]] == ["config.json", "checkpoint.pt"]
+    assert synced[-1] == str(tmp_path / "runs")
+
+
 def test_a_lock_is_one_processs(tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom runs.files import lock_file\n"
             f"lock = lock_file(Path({str(tmp_path / 'lock')!r}))\nprint(lock is not None, flush=True)\nsys.stdin.read()")

@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -35,10 +36,10 @@ from conftest import (
 from safetensors.torch import load_file
 
 import main
-from config import Config, UserError
+from config import SETTINGS, Config, UserError, flag
 from inference import network
 from model import Net
-from runs import checkpoint, weights, writer
+from runs import checkpoint, resuming, weights, writer
 from runs.checkpoint import copy_state, make_state, pack, read_newest, unpack
 from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, run_state
 from runs.record import read_run
@@ -118,10 +119,10 @@ def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures
     run("--epochs", "2", "--name", "mine")
     name = only_run(tmp_path).name
     before = (only_run(tmp_path) / CHECKPOINT).read_bytes()
-    for flag, words in ((["--epochs", "5"], "--epochs is 5 on the command line, but run"), (["--lr", "0.02"], "--lr is 0.02"),
+    for line, words in ((["--epochs", "5"], "--epochs is 5 on the command line, but run"), (["--lr", "0.02"], "--lr is 0.02"),
                         (["--seed", "1"], "leave --seed out"), (["--dataset", "synthetic"], "--dataset is synthetic"),
                         (["--dataset", "auto", "--batches", "auto", "--capture", "on"], "--capture is on")):
-        status, _, err = run("--resume", name, *flag)
+        status, _, err = run("--resume", name, *line)
         assert status == 2
         assert words in one_line(err)
         assert name in err
@@ -136,6 +137,40 @@ def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures
     assert "threads 1 -> 2" in read_run(only_run(tmp_path)).comments[-1]
     status, _, err = run("--resume", name)
     assert "is finished" in one_line(err)
+
+
+def test_only_what_changes_no_result_may_change(run, tmp_path, stop_in_epoch, monkeypatch):
+    stop_in_epoch(1)
+    run("--epochs", "2")
+    monkeypatch.setattr(resuming, "describe_procedure", dict)
+    given, movable, refused = {"log_dir": str(tmp_path / "logs")}, set(), {}
+    first = load_unfinished("", given)
+    first.lock.close()
+    for name, field in SETTINGS.items():
+        value, low, choices = getattr(first.config, name), field.metadata["low"], field.metadata["choices"]
+        other = (not value if field.type is bool else next(each for each in choices if each not in (value, "auto")) if choices
+                 else "cuda" if name == "device" else f"{value}x" if field.type is str
+                 else field.type(low if value != low else field.metadata["high"]))
+        try:
+            found = load_unfinished("", {name: other} | given)
+        except UserError as error:
+            refused[name] = str(error)
+        else:
+            found.lock.close()
+            assert name == "log_dir" or getattr(found.config, name) == other
+            movable.add(name)
+    assert all(f"{flag(name)} is " in words for name, words in refused.items())
+    assert movable == {"workers", "threads", "device", "instruction_set", "data_dir", "log_dir", "pictures", "tensorboard",
+                       "teacher"}  # as README.md says
+
+
+def test_a_run_of_a_relative_folder_resumes_from_elsewhere(command, pictures, tmp_path, monkeypatch, stop_in_epoch):
+    monkeypatch.chdir(pictures.parent)
+    stop_in_epoch(1)
+    assert command("--dataset", "folder", "--data-dir", pictures.name, "--log-dir", tmp_path / "logs", "--epochs", "2",
+                   *SMALL)[0] == 130
+    monkeypatch.chdir(tmp_path)
+    assert command("--resume", "--log-dir", tmp_path / "logs")[0] == 0
 
 
 def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, stop_in_epoch, monkeypatch):
@@ -203,6 +238,16 @@ def test_the_model_file_of_a_run_is_the_one_that_was_imported(tmp_path, monkeypa
     run = writer.start_run(Config(log_dir=str(tmp_path)), example_record(), net, torch.optim.SGD(net.parameters()))
     monkeypatch.undo()
     assert (run.folder / "model.py").read_bytes() == writer.MODEL_SOURCE
+
+
+def test_a_new_run_is_locked_while_it_trains(run, tmp_path, monkeypatch):
+    seen = []
+    at_epoch(monkeypatch, 0, lambda: seen.append(subprocess.run(
+        [sys.executable, "-c", "import sys; from pathlib import Path; from runs.files import lock_file\n"
+         "print(lock_file(Path(sys.argv[1])) is None)", only_run(tmp_path) / ".lock"], cwd=ROOT, capture_output=True,
+        text=True).stdout))
+    assert run("--epochs", "1")[0] == 0
+    assert seen == ["True\n"]
 
 
 def test_a_running_run_is_not_resumed(run, tmp_path, stop_in_epoch):
@@ -273,6 +318,21 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_previous_used(run, tmp_pat
     assert not trap.exists()
 
 
+def test_a_damaged_checkpoint_displaces_no_other_and_stays_in_the_notes(run, tmp_path, monkeypatch, stop_in_epoch):
+    monkeypatch.setattr(writer, "INTERVAL", 0.0)
+    stop_in_epoch(2)
+    assert run("--epochs", "3")[0] == 130
+    folder = only_run(tmp_path)
+    (folder / CHECKPOINT).write_bytes(b"damaged")
+    stop_in_epoch(1)  # after one more
+    assert run("--resume")[0] == 130
+    assert (folder / "checkpoint.damaged.pt").read_bytes() == b"damaged"
+    assert len(unpack(folder / CHECKPOINT)["rows"]) == 2
+    assert len(unpack(folder / PREVIOUS_CHECKPOINT)["rows"]) == 1
+    assert run("--resume")[0] == 0
+    assert any("went on from checkpoint.previous.pt" in line for line in read_run(folder).comments)
+
+
 @pytest.mark.parametrize("formats", [(torch.channels_last, torch.contiguous_format),
                                      (torch.contiguous_format, torch.channels_last)])
 def test_momentum_takes_the_memory_format_of_the_device_that_resumes(formats):
@@ -326,6 +386,50 @@ def test_a_crash_between_the_two_renames_loses_nothing(run, tmp_path, uninterrup
     assert run("--resume")[0] == 0
     assert weights_of(folder) == weights_of(uninterrupted)
     assert [path.name for path in folder.glob(".*")] in ([".lock", ".mine"], [".mine", ".lock"])
+
+
+def test_a_log_is_never_ahead_of_the_checkpoint(run, tmp_path, monkeypatch):
+    def disk_gone():
+        monkeypatch.setattr(writer, "write_checkpoint", lambda *_: raising(UserError("full"))())
+        raise KeyboardInterrupt
+
+    at_epoch(monkeypatch, 2, disk_gone)  # two epochs, of which no checkpoint was due yet
+    assert run("--epochs", "4")[0] == 130
+    assert read_run(only_run(tmp_path)).rows == read_newest(only_run(tmp_path))[0]["rows"] == []
+
+
+KILL = """
+import os, signal
+replace, calls = os.replace, []
+def killing(one, other):
+    calls.append(os.path.basename(other))
+    if calls[-1] == {name!r} and calls.count({name!r}) == {number}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(one, other)
+os.replace = killing
+"""
+
+
+@pytest.mark.parametrize(("name", "number"), [(CHECKPOINT, 3), ("final.safetensors", 1)])
+def test_kill_9_before_a_rename_loses_nothing(run, pictures, tmp_path, name, number):
+    whole = tmp_path / "whole"
+    assert run("--epochs", "3", "--log-dir", whole)[0] == 0
+    process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path / "logs"),
+                            "--epochs", "3", *SMALL, interval=0, before=KILL.format(name=name, number=number))
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert read_run(only_run(tmp_path)).summary is None
+    assert run("--resume")[0] == 0
+    assert weights_of(only_run(tmp_path)) == weights_of(find_runs(whole)[0])
+
+
+def test_the_renames_of_a_checkpoint_reach_the_disk(tmp_path, monkeypatch):
+    checkpoint.write_checkpoint(tmp_path, {})
+    events, replace = [], os.replace
+    monkeypatch.setattr(checkpoint.os, "replace", lambda one, other: (events.append(Path(other).name), replace(one, other)))
+    monkeypatch.setattr(checkpoint, "sync_folder", lambda folder: events.append("on disk"))
+    checkpoint.write_checkpoint(tmp_path, {})
+    assert events[-3:] == [PREVIOUS_CHECKPOINT, CHECKPOINT, "on disk"]
 
 
 def test_epochs_of_four_seconds_are_written_every_third_time_and_at_the_end(tmp_path, monkeypatch):
@@ -739,6 +843,23 @@ def test_a_full_disk(run, small_disk, monkeypatch, uninterrupted):
     assert run("--resume", "--log-dir", str(small_disk))[0] == 0
     assert weights_of(folder) == weights_of(uninterrupted)
     assert figures(folder) == figures(uninterrupted)
+
+
+def test_a_limit_to_the_size_of_files_is_as_a_full_disk(run, tmp_path, monkeypatch):
+    """Which needs no right to mount a small one."""
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(writer, "INTERVAL", 0.0)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    at_epoch(monkeypatch, 2, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1])))
+    try:
+        status, _, err = run("--epochs", "4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert status == 2
+    assert "could not be written (File too large): make room" in one_line(err)
+    assert "epochs 0 to 1 are safe; resume with" in err
+    assert not list(only_run(tmp_path).glob(".tmp*"))
+    assert run("--resume")[0] == 0
 
 
 def test_no_room_for_a_run_at_all(run, small_disk):

@@ -29,6 +29,14 @@ def test_auto_finds_a_device():
     assert find_device("cpu") == CPU
 
 
+def test_auto_prefers_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(machine.torch, "ones", lambda *sizes, device: torch.zeros(*sizes))
+    assert find_device("auto").type == "cuda"
+
+
 @pytest.mark.skipif("torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512')", reason="has no AVX2")
 def test_the_instruction_set_is_what_is_really_used():
     assert instruction_set() in ("AVX2", "AVX512")
