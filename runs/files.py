@@ -5,7 +5,6 @@ import errno
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
@@ -95,8 +94,8 @@ def make_run_folder(log_dir: Path, stem: str, files: Mapping[str, bytes | str]) 
     runs = log_dir / "runs"
     try:
         runs.mkdir(parents=True, exist_ok=True)
-        hidden = Path(tempfile.mkdtemp(dir=runs, prefix=UNNAMED))
-        hidden.chmod(0o755)
+        hidden = runs / f"{UNNAMED}{secrets.token_hex(8)}"
+        hidden.mkdir()  # with the user's umask, which mkdtemp ignores
     except (FileNotFoundError, FileExistsError, NotADirectoryError) as error:  # below /proc; a file, or a link to nowhere
         raise UserError(f"the folder {runs} can't be made ({error.strerror}): choose another --log-dir") from error
     except OSError as error:

@@ -242,6 +242,28 @@ def made_up(groups: list[tuple[int, np.ndarray]]) -> list[SettingGroup]:
     return made
 
 
+def test_of_rows_that_differ_as_little_the_oldest_is_the_base(make, tmp_path):
+    for lr in (0.05, 0.1, 0.2):
+        for seed in range(2):
+            make(80 + 10 * lr + NOISE[seed], seed, epochs=8, lr=lr)
+    [table] = compared(tmp_path)
+    base = group_of(table, epochs="8", lr="0.05")
+    for lr in ("0.1", "0.2"):
+        assert group_of(table, epochs="8", lr=lr).difference.compared_with == base.name
+
+
+def test_what_cannot_be_tested_makes_no_difference_harder_to_detect(make, tmp_path):
+    """Of the two comparisons that of the base with the reference, of one seed, is unknown."""
+    for seed in range(3):
+        make(80 + NOISE[seed], seed, epochs=8)
+        make(85 + NOISE[seed], seed, epochs=8, lr=0.05)
+    [table] = compared(tmp_path)
+    difference = group_of(table, epochs="8", lr="0.05").difference
+    missed = stats.nct.cdf(stats.t.isf(0.05 / 2, 4), 4, difference.detectable / difference.error)
+    assert missed == pytest.approx(0.2, abs=1e-4)
+    assert difference.corrected_p == difference.p
+
+
 def test_no_difference_is_seldom_called_significant():
     """Where there is none, the level holds for all comparisons of a table together."""
     rng, false_alarms = np.random.default_rng(0), 0

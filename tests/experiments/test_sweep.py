@@ -1,6 +1,7 @@
 """python main.py sweep: which runs it makes, that it makes each once, and what it says of those that it doesn't make."""
 
 import dataclasses
+import os
 import pickle
 import re
 import time
@@ -24,6 +25,7 @@ from experiments.sweep import (
     make_runs_here,
     plan_runs,
 )
+from images.leftovers import DAY
 from model import Net
 from runs.files import lock_file, make_run_folder
 from runs.finding import RunState, find_runs
@@ -259,6 +261,15 @@ def test_a_sweep_makes_its_runs_and_compares_them(sweep, run, tmp_path):
     single = find_runs(tmp_path / "logs")[0]
     assert weights_of(single) == weights_of(folders[0])
     assert figures(single) == figures(folders[0])
+
+
+def test_a_sweep_removes_old_claims(sweep, tmp_path):
+    claims = tmp_path / "logs" / "runs" / ".claims"
+    claims.mkdir(parents=True)
+    (claims / "old.lock").touch()
+    os.utime(claims / "old.lock", (time.time() - 2 * DAY,) * 2)
+    assert sweep("--epochs", "1", "--seeds", "2")[0] == 0
+    assert not (claims / "old.lock").exists()
 
 
 def test_a_sweep_goes_on_where_it_was_interrupted(sweep, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -168,3 +169,18 @@ def test_errors_show_names_escaped(tmp_path, content):
         decode(str(path))
     assert str(caught.value).isprintable()
     assert r"a\x1b[31m\nb.png is not a whole image" in str(caught.value)
+
+
+def test_a_decoding_process_that_is_killed_is_named(tmp_path, monkeypatch):
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, **_):
+            super().__init__(1)
+
+        def map(self, *_):
+            raise BrokenProcessPool
+
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    monkeypatch.setattr(decoding, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(decoding, "SINGLE_PROCESS_FILES", 1)
+    with pytest.raises(UserError, match="a process that decoded images was killed"):
+        decoding.decode_all([str(tmp_path / "a.png")])

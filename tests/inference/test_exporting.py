@@ -1,5 +1,6 @@
 """python main.py export: files that load elsewhere and give what the network gives."""
 
+import copy
 import json
 import re
 
@@ -175,6 +176,22 @@ def test_a_network_that_cannot_be_exported_is_named(exported, tmp_path, edited, 
     assert "the network in model.py can't be exported" in one_line(err)
     assert reason in err
     assert "\x1b" not in err
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(("to", "maker"), [("torch", "as_torch"), ("onnx", "as_onnx")])
+def test_the_file_itself_is_compared(exported, monkeypatch, to, maker):
+    make = getattr(export, maker)
+
+    def spoiled(folded, names):
+        other = copy.deepcopy(folded)
+        next(layer for layer in other.modules() if isinstance(layer, nn.Conv2d)).weight.data *= 1.5
+        return make(other, names)
+
+    monkeypatch.setattr(export, maker, spoiled)
+    status, out, err, path = exported(to)
+    assert (status, out) == (2, "")
+    assert "logits differ from the network's by more than" in one_line(err)
     assert not path.exists()
 
 

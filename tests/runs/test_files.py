@@ -20,6 +20,16 @@ def test_two_runs_of_one_second_get_two_folders(tmp_path):
     assert len(list((tmp_path / "runs").iterdir())) == 4
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no umask")
+def test_a_run_folder_has_the_users_permissions(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = make_run_folder(tmp_path, "x", {})
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     target = tmp_path / "file"
     write(target, "old")

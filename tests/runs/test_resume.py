@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -37,6 +38,7 @@ from safetensors.torch import load_file
 
 import main
 from config import SETTINGS, Config, UserError, flag
+from images.leftovers import DAY
 from inference import network
 from model import Net
 from runs import checkpoint, resuming, weights, writer
@@ -114,7 +116,8 @@ def test_a_run_that_ended_between_its_last_epoch_and_its_summary_is_finished_by_
     assert read_run(folder).summary["epochs"] == 4
 
 
-def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures):
+def test_what_may_change_and_what_may_not(run, tmp_path, stop_in_epoch, pictures, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)  # more threads than cores are told
     stop_in_epoch(1)
     run("--epochs", "2", "--name", "mine")
     name = only_run(tmp_path).name
@@ -432,6 +435,29 @@ def test_the_renames_of_a_checkpoint_reach_the_disk(tmp_path, monkeypatch):
     assert events[-3:] == [PREVIOUS_CHECKPOINT, CHECKPOINT, "on disk"]
 
 
+def test_a_new_run_removes_leftovers(run, tmp_path):
+    old = tmp_path / "logs" / "runs" / ".new-1"
+    old.mkdir(parents=True)
+    os.utime(old, (time.time() - 2 * DAY,) * 2)
+    assert run("--epochs", "1")[0] == 0
+    assert not old.exists()
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: state["net"]["head.1.bias"].fill_(torch.nan),
+    lambda state: state["best"]["net"].update({"head.1.bias": torch.zeros(2)})])
+def test_values_that_load_but_are_no_weights_are_named(run, tmp_path, stop_in_epoch, change):
+    stop_in_epoch(1)
+    assert run("--epochs", "2", "--validation", "9")[0] == 130
+    state = unpack(only_run(tmp_path) / CHECKPOINT)
+    change(state)
+    for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
+        (only_run(tmp_path) / name).write_bytes(pack(state))
+    status, _, err = run("--resume")
+    assert status == 2
+    assert "can't be resumed" in one_line(err)
+
+
 def test_epochs_of_four_seconds_are_written_every_third_time_and_at_the_end(tmp_path, monkeypatch):
     now = 0.0
     monkeypatch.setattr(writer.time, "monotonic", lambda: now)
@@ -568,20 +594,20 @@ def test_fuzz_of_checkpoint_config_and_log(run, tmp_path, monkeypatch, stop_in_e
     folder, rng = only_run(tmp_path), random.Random(0)
     whole = {name: (folder / name).read_bytes() for name in (CHECKPOINT, "config.json", "model_accuracy.log")}
     (folder / PREVIOUS_CHECKPOINT).unlink()
-    for _ in range(400):
+    for _ in range(40):
         content = mutated(whole[CHECKPOINT], rng)
         (folder / CHECKPOINT).write_bytes(content)
         if content != whole[CHECKPOINT]:
             with pytest.raises(UserError):
                 read_newest(folder)
-    for _ in range(200):  # with the right checksum, as who can write the file can write that
+    for _ in range(60):  # with the right checksum, as who can write the file can write that
         content = mutated(whole[CHECKPOINT][:-checkpoint.DIGEST], rng)
         (folder / CHECKPOINT).write_bytes(content + hashlib.sha256(content).digest())
         with contextlib.suppress(UserError):
             read_newest(folder)
     (folder / CHECKPOINT).write_bytes(whole[CHECKPOINT])
     for name in ("config.json", "model_accuracy.log"):
-        for _ in range(400):
+        for _ in range(40):
             (folder / name).write_bytes(mutated(whole[name], rng))
             with contextlib.suppress(UserError):
                 read_run(folder)
@@ -658,8 +684,19 @@ def wait_for_epoch(process: subprocess.Popen, epoch: int) -> None:
 
 
 def children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in listed.split()]
+    """The workers of a process: those below it that have no children, without multiprocessing's helper."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(path.parent.name)] = int(path.read_text().rsplit(")", 1)[1].split()[1])
+    below, found = {pid}, []
+    while new := {child for child, parent in parents.items() if parent in below} - below:
+        below |= new
+    for child in sorted(below - set(parents.values()) - {pid}):
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(child)
+    return found
 
 
 def alive(pid: int) -> bool:
@@ -726,16 +763,6 @@ def assert_killed_runs_equal(uninterrupted: Path, logs: Path) -> None:
         assert figures(folder) == figures(uninterrupted)
 
 
-def test_kill_9_at_a_few_random_moments(pictures, tmp_path):
-    arguments = ["--dataset", "folder", "--data-dir", str(pictures), "--epochs", "8", *SMALL]
-    whole = start_program(*arguments, "--log-dir", str(tmp_path / "whole"))
-    assert whole.wait() == 0
-    took = sum(row["seconds"] for row in read_run(find_runs(tmp_path / "whole")[0]).rows)
-    taken_up = kill_and_resume([*arguments, "--log-dir", str(tmp_path / "killed")], tmp_path / "killed", 2, took, 1, 0.0)
-    assert taken_up > 0
-    assert_killed_runs_equal(find_runs(tmp_path / "whole")[0], tmp_path / "killed")
-
-
 @pytest.mark.slow
 def test_kill_9_at_50_random_moments(tmp_path):
     """Eight epochs on the built-in set, killed 50 times."""
@@ -774,19 +801,11 @@ def test_a_killed_worker_is_named(pictures, tmp_path):
     assert len(read_newest(folder)[0]["rows"]) == len(read_run(folder).rows) >= 2
 
 
-@pytest.mark.parametrize(("error", "words"), [
-    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of GPU memory: close other"),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory: close other"),
-    (RuntimeError("unable to allocate shared memory(shm) for file"), "out of shared memory: use --workers 0"),
-    (MemoryError(), "smaller --batch-size"),
-    (EOFError(), "a worker process was killed"),
-    (ConnectionResetError(104, "Connection reset by peer"), "a worker process was killed"),
-    (RuntimeError("received 0 items of ancdata"), "a worker process was killed")])
-def test_what_ends_a_run_from_outside_is_named(run, tmp_path, monkeypatch, error, words):
-    at_epoch(monkeypatch, 2, raising(error))
+def test_what_ends_a_run_from_outside_is_named(run, tmp_path, monkeypatch):
+    at_epoch(monkeypatch, 2, raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")))
     status, _, err = run("--epochs", "4")
     assert status == 2
-    assert words in one_line(err)
+    assert "out of GPU memory: close other" in one_line(err)
     assert "epochs 0 to 1 are safe; resume with: python main.py --resume" in err
     assert run("--resume")[0] == 0
 
@@ -825,7 +844,8 @@ def small_disk(tmp_path):
             ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("may not mount a file system here")
     yield disk
-    subprocess.run(["umount", "-l", disk])
+    while subprocess.run(["umount", "-l", disk], capture_output=True).returncode == 0:  # a test may have mounted it again
+        pass
 
 
 def test_a_full_disk(run, small_disk, monkeypatch, uninterrupted):

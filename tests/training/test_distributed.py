@@ -380,6 +380,20 @@ def test_one_process_of_a_machine_loads_the_images_before_its_others(tmp_path):
         assert float(ended[first]) <= float(started[other])
 
 
+def test_images_that_differ_between_machines_are_refused():
+    broadcasts = iter(["synthetic", "of other images"])
+
+    class Second(Processes):
+        def broadcast(self, compute):
+            return next(broadcasts)
+
+        def sum(self, *values):
+            return list(values)
+
+    with pytest.raises(UserError, match="are not those of the first process: all machines need the same"):
+        Second(rank=1, size=2, local_rank=0).load_images(lambda *_: synthetic(), Config())
+
+
 # ---------------------------------------------------------------- torchrun itself
 
 SCRIPT = """
