@@ -16,7 +16,8 @@ from training.self_check import TOLERANCE, addresses, largest_difference, put_ba
 from training.step import Forward, Loss, TrainStep
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
-# Before this release a failed capture left the allocator in capture mode (pytorch #180395)
+# Before this release a failed capture left the allocator in capture mode (pytorch #180395). Compare it with torch.__version__,
+# which is no plain text: 2.9 comes before 2.13
 FAILURES_END_CLEANLY = "2.13"
 Kernels = tuple[Forward, Loss | None]  # what a step computes its forward pass and its loss with; None: its own loss
 Recording = tuple[Tensor, Tensor, Callable[[], object]]  # where images and labels go, and what replays the step on them

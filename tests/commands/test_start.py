@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-import torch  # noqa: F401 (what skipif evaluates)
+import torch
 from conftest import ROOT, SMALL, at_epoch, one_line, only_run, raising
 
 from commands.start import AVX2_VARIABLES, report
@@ -15,13 +15,13 @@ from config import UserError
 from runs.record import read_run
 
 
-def python(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run code in the program's folder, in a process of its own."""
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={name: value for name, value in os.environ.items() if name not in AVX2_VARIABLES} | environment)
+                          env={name: value for name, value in os.environ.items() if name not in AVX2_VARIABLES})
 
 
-@pytest.mark.skipif("torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512')", reason="has no AVX2")
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="has no AVX2")
 def test_avx2_is_what_pytorchs_libraries_are_told(pictures, tmp_path):
     code = """if True:
         import os, runpy, sys

@@ -117,6 +117,16 @@ def test_only_a_download_needs_torchvision(tmp_path):
     assert "torchvision, which can't be imported (operator torchvision::nms does not exist)" in out[1]
 
 
+def take_for_official(monkeypatch, contents: dict[str, dict]) -> dict[str, bytes]:
+    """Pickle these files, and have the program take them for CIFAR-10's: "test", "names", and all others for training."""
+    batches = {name: pickle.dumps(content) for name, content in contents.items()}
+    md5 = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
+    monkeypatch.setattr(cifar10_module, "TRAIN_FILES", {name: md5[name] for name in md5 if name not in ("test", "names")})
+    monkeypatch.setattr(cifar10_module, "TEST_FILES", {"test": md5["test"]})
+    monkeypatch.setattr(cifar10_module, "NAMES_FILE", ("names", md5["names"]))
+    return batches
+
+
 def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypatch):
     """Small batches in the format of the official ones: pixels in the order channel, row, column."""
     folder, rng = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
@@ -124,22 +134,16 @@ def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypa
     pixels, labels = rng.integers(0, 256, (9, 32, 32, 3), dtype=np.uint8), rng.integers(0, 3, 9)
     contents = {name: {"data": pixels[part].transpose(0, 3, 1, 2).reshape(-1, 3072), "labels": labels[part].tolist()}
                 for name, part in (("one", slice(0, 4)), ("two", slice(4, 7)), ("test", slice(7, 9)))}
-    md5 = {}
-    for name, content in (contents | {"names": {"label_names": ["a", "b", "c"]}}).items():
-        data = pickle.dumps(content)
+    batches = take_for_official(monkeypatch, contents | {"names": {"label_names": ["a", "b", "c"]}})
+    for name, data in batches.items():
         (folder / name).write_bytes(data)
-        md5[name] = hashlib.md5(data).hexdigest()
-    monkeypatch.setattr(cifar10_module, "TRAIN_FILES", {name: md5[name] for name in ("one", "two")})
-    monkeypatch.setattr(cifar10_module, "TEST_FILES", {"test": md5["test"]})
-    monkeypatch.setattr(cifar10_module, "NAMES_FILE", ("names", md5["names"]))
     images = load_images("cifar10", str(tmp_path))
     assert images.class_names == ("a", "b", "c")
     for split, part in ((images.train, slice(0, 7)), (images.test, slice(7, 9))):
         assert np.array_equal(split.images, pixels[part])
         assert np.array_equal(split.labels, labels[part])
         assert (split.images.dtype, split.labels.dtype) == (np.uint8, np.int64)
-    for name in md5:
-        whole = (folder / name).read_bytes()
+    for name, whole in batches.items():
         (folder / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
         with pytest.raises(UserError, match=f"{name} is damaged"):
             load_images("cifar10", str(tmp_path))
@@ -150,11 +154,7 @@ def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypa
 def test_cifar10_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, broken):
     contents = {"one": {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]},
                 "test": {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, "names": {"label_names": ["a", "b"]}}
-    batches, timeouts = {name: pickle.dumps(content) for name, content in contents.items()}, []
-    md5 = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
-    monkeypatch.setattr(cifar10_module, "TRAIN_FILES", {"one": md5["one"]})
-    monkeypatch.setattr(cifar10_module, "TEST_FILES", {"test": md5["test"]})
-    monkeypatch.setattr(cifar10_module, "NAMES_FILE", ("names", md5["names"]))
+    batches, timeouts = take_for_official(monkeypatch, contents), []
 
     def download(root, download):
         assert download
