@@ -29,8 +29,8 @@ class Config:
     """The settings of one run. A value of the wrong type or out of its range raises UserError."""
 
     # data
-    dataset: str = setting("auto", "images: cifar10; folder: your own; synthetic: built in; auto: cifar10 if it is there or "
-                           "can be downloaded, else a demonstration on synthetic",
+    dataset: str = setting("auto", "images: cifar10; folder: your own; synthetic: built in; auto: cifar10, or, without "
+                           "--data-dir, where it is not there and can't be downloaded, a demonstration on synthetic",
                            choices=("auto", "cifar10", "folder", "synthetic"))
     data_dir: str = setting("data", "folder with cifar-10-batches-py, or with train/<class>/* and test/<class>/*")
     batch_size: int = setting(128, "images per step", low=1, high=65536)
@@ -80,8 +80,9 @@ class Config:
 
     # run
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, with "
-                           "batches made on the device, after a check that the replay computes the same",
+    capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA with "
+                           "PyTorch 2.13 or newer, in one process, with batches made on the device, after a check that the "
+                           "replay computes the same",
                            choices=("auto", "on", "off"))
     kernels: str = setting("pytorch", "kernels of captured steps and of augmentation: pytorch; or fused: Triton kernels of "
                            "this program, if a check at the start finds them correct and faster; compiling them takes "

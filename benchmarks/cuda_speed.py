@@ -1,6 +1,7 @@
 """Everything that is open about speed on CUDA, answered by one command within eight minutes.
 
     python benchmarks/cuda_speed.py --data-dir ~/data    prints, and writes benchmarks/results/cuda.txt after every part
+    … --output FILE                                      writes FILE instead
     … --seconds 300                                      in less time: the last parts, the least important ones, are left out
     … --parts others,whole_run                           these parts only, in this order
 
@@ -11,6 +12,7 @@ torch imports.)
 
 import argparse
 import json
+import math
 import os
 import signal
 import statistics
@@ -27,7 +29,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity
 from tqdm import tqdm
 
@@ -51,7 +53,7 @@ WAYS = {"eager": {"capture": "off"}, "captured": {"capture": "on"},  # to run th
         "captured, fused kernels": {"capture": "on", "kernels": "fused"}}
 RESULT = "result: "  # before the lines of a part's process that are its results
 MEMORY_FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32 (TF32)": torch.float32}  # cuDNN's default for float32
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
     optimizer = SGD(plain.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=device.type == "cuda")
     step = TrainStep(net.train(), optimizer, device, 0.0)
     # without loss scaling: this is about speed alone
-    step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=False)
+    step.autocast = torch.autocast(device.type, DTYPES[dtype], enabled=DTYPES[dtype] != torch.float32, cache_enabled=False)
     return step if how == "eager" else CapturedStep(step, fused_kernels(step) if "fused" in how else None)
 
 
@@ -140,17 +142,23 @@ def steps_part(options: Options, ways: Iterable[tuple[str, str, str, int]]) -> I
     for way in ways:
         with changed(way[0]):
             yield f"{'{}, {}, {}, batch {}'.format(*way):<58} {step_seconds(options, *way)}"
-        torch.compiler.reset()
+        if "compiled" in way[0]:
+            torch.compiler.reset()
 
 
 def formats(options: Options) -> Iterator[str]:
     """The default, eager and captured; the fused kernels, which Triton compiles before the first step; each with one thing
     changed; and captured in other memory formats and dtypes."""
     default = ("channels_last", "bfloat16", 128)
-    ways = [(how, *default) for how in ("eager", "captured", "captured, with search", "captured, fused",
-                                        "captured, fused, one stream")]
+    ways = [(how, *default) for how in ("eager", "captured", "captured, fused", "captured, fused, one stream")]
     others = [("captured", *each, 128) for each in product(MEMORY_FORMATS, DTYPES)]
     return steps_part(options, [*ways, *(way for way in others if way not in ways)])
+
+
+def search(options: Options) -> Iterator[str]:
+    """The default, with a search by cuDNN. In a process of its own, because PyTorch keeps what it has once found, or used
+    without a search, for each convolution."""
+    return steps_part(options, [("captured, with search", "channels_last", "bfloat16", 128)])
 
 
 def compiled(options: Options) -> Iterator[str]:
@@ -182,75 +190,62 @@ def start_up(options: Options) -> Iterator[str]:
         yield f"{name:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out))
 
 
+def run_epoch(options: Options, program: Program, epoch: int) -> None:
+    """An epoch and its test, as main.py runs them."""
+    with tqdm(disable=True) as bar:
+        batches = islice(program.batches.shuffled("train", epoch), 3 if options.tiny else None)
+        train_epoch(program.step, batches, lambda images: 0.01, bar)
+    evaluate(program.step.net, islice(program.batches.in_order("test"), 1 if options.tiny else None), program.device)
+
+
 def epochs(options: Options) -> Iterator[str]:
-    """Epochs with their tests, as main.py runs them: how long, and how long the GPU has nothing to do."""
-    yield f"{'train and test, batches on the device':<42} {'seconds':>8} {'GPU idle':>9} {'longest gap, ms':>16} {'GB':>6}"
-    for name, settings in WAYS.items():
+    """How long an epoch and its test take, and how much memory."""
+    yield f"{'train and test, batches on the device':<42} {'seconds':>8} {'GB':>6}"
+    for name, settings in reversed(WAYS.items()):
         if torch.cuda.is_available():  # so that the memory is this way's
-            program = step = run = None
+            program = None
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         program = options.program(batches="device", **settings)
-        step, device = program.step, program.device
-
-        def run(epoch: int, step=step, batches=program.batches, device=device) -> None:
-            part = islice(batches.shuffled("train", epoch), 3 if options.tiny else None)
-            with tqdm(disable=True) as bar:
-                train_epoch(step, part, lambda images: 0.01, bar)
-            evaluate(step.net, islice(batches.in_order("test"), 1 if options.tiny else None), device)
-
-        run(0)
+        run_epoch(options, program, 0)
         started = time.perf_counter()
         for epoch in (1, 2):
-            run(epoch)
+            run_epoch(options, program, epoch)
         seconds = (time.perf_counter() - started) / 2
-        memory = torch.cuda.max_memory_reserved() / 1e9 if device.type == "cuda" else 0.0
-        idle, gap = idle_time([partial(run, 3), partial(run, 4)], device)
-        yield f"{name:<42} {seconds:8.3f} {100 * idle:7.1f} % {1e3 * gap:16.2f} {memory:6.2f}   {step.note[:60]}"
+        memory = torch.cuda.max_memory_reserved() / 1e9 if program.device.type == "cuda" else 0.0
+        yield f"{name:<42} {seconds:8.3f} {memory:6.2f}   {program.step.note[:60]}"
 
 
-def idle_time(runs: list[Callable[[], None]], device: torch.device) -> tuple[float, float]:
-    """The share of the time between the first kernel of `runs` and the last in which none runs, and the longest gap in
-    seconds. Profiling itself makes eager steps slower."""
-    if device.type != "cuda":
-        return 0.0, 0.0
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        for run in runs:
-            run()
-        wait(device)
-    kernels = sorted((event.start_ns(), event.duration_ns()) for event in profiler.profiler.kineto_results.events()
-                     if event.device_type() == torch.profiler.DeviceType.CUDA)
-    busy, gap, end = 0, 0, kernels[0][0]
-    for start, duration in kernels:
+def profile(way: str, options: Options) -> Iterator[str]:
+    """Where the GPU's time goes in two epochs with their tests, and how long it has nothing to do between the first kernel and
+    the last. In a process of its own, because a profiler slows down what runs after it, and may miss kernels the second time.
+    Profiling itself makes eager steps slower."""
+    program = options.program(batches="device", **WAYS[way])
+    run_epoch(options, program, 0)
+    activity = ProfilerActivity.CUDA if program.device.type == "cuda" else ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profiler:
+        for epoch in (1, 2):
+            run_epoch(options, program, epoch)
+        wait(program.device)
+    on_device = torch.profiler.DeviceType.CUDA if program.device.type == "cuda" else torch.profiler.DeviceType.CPU
+    events = sorted((event.start_ns(), event.duration_ns(), event.name())
+                    for event in profiler.profiler.kineto_results.events()
+                    if event.device_type() == on_device and not event.is_user_annotation())
+    if not events:
+        yield f"{way}: the profiler recorded no kernel"
+        return
+    busy, gap, end = 0, 0, events[0][0]
+    times: dict[str, list[int]] = {}
+    for start, duration, name in events:
         gap = max(gap, start - end)
         busy += max(0, start + duration - max(end, start))
         end = max(end, start + duration)
-    return 1 - busy / (end - kernels[0][0]), gap / 1e9
-
-
-def kernels(options: Options) -> Iterator[str]:
-    """Where the time of a step goes, by kernel."""
-    for name, settings in WAYS.items():
-        program, steps = options.program(batches="device", **settings), 2 if options.tiny else 50
-        step, on_gpu = program.step, program.device.type == "cuda"
-        step.net.train()
-        batches: list[tuple[Tensor, Tensor]] = list(islice(program.batches.shuffled("train", 0), steps))
-        for batch in batches:
-            step(*batch)
-        activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[activity]) as profiler:
-            for batch in batches:
-                step(*batch)
-            wait(program.device)
-        times = {event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
-                 for event in profiler.key_averages() if not event.is_user_annotation
-                 and (event.device_type == torch.profiler.DeviceType.CUDA) == on_gpu}  # not the host's calls
-        total = sum(spent for spent, _ in times.values()) or 1.0
-        most = sorted(times.items(), key=lambda item: -item[1][0])[:20]
-        title = f"a step, {name}: {sum(count for _, count in times.values()) // steps} kernels, {total / steps:.0f} us"
-        yield f"{title:<90} {'us':>8} {'%':>6}"
-        for kernel, (spent, times_run) in most:
-            yield f"{f'{times_run / steps:.0f} x {kernel}'[:90]:<90} {spent / steps:8.1f} {100 * spent / total:6.1f}"
+        times.setdefault(name, []).append(duration)
+    whole = end - events[0][0]
+    yield (f"{way}, two epochs and tests under the profiler: {whole / 1e9:.3f} s, idle {100 * (1 - busy / whole):.1f} %, "
+           f"longest gap {gap / 1e6:.2f} ms, {len(events):,} kernels and copies")
+    for name, spent in sorted(times.items(), key=lambda item: -sum(item[1]))[:20]:
+        yield f"{100 * sum(spent) / whole:6.1f} % {sum(spent) / len(spent) / 1e3:8.1f} us x {len(spent):<7,} {name[:80]}"
 
 
 # ---------------------------------------------------------------- others, and a whole run
@@ -276,7 +271,7 @@ def others(options: Options) -> Iterator[str]:
         return
     arguments = argparse.Namespace(data_dir=options.data_dir, device="cuda", steps=40)
     yield f"{'a whole epoch, images/s':<34} {'train':>10} {'test':>10} {'train, ratio':>13}"
-    usual = 0.0
+    usual = math.nan
     measures: dict[str, Callable[[], Measured]] = {
         "the usual script, 8 workers": lambda: usual_script(arguments, 8, available_cores()),
         **{f"main.py, {name}": partial(ours, options, settings) for name, settings in WAYS.items()},
@@ -284,8 +279,10 @@ def others(options: Options) -> Iterator[str]:
     for name, measure in measures.items():
         try:
             measured = measure()
-            usual = usual or measured["train"]
-            yield f"{name:<34} {measured['train']:10,.0f} {measured['test']:10,.0f} {measured['train'] / usual:13.1f}"
+            if name.startswith("the usual"):
+                usual = measured["train"]
+            yield (f"{name:<34} {measured['train']:10,.0f} {measured.get('test', math.nan):10,.0f} "
+                   f"{measured['train'] / usual:13.1f}")
         except Exception as error:  # of a compiler that is missing
             yield f"{name:<34} left out: {type(error).__name__}: {str(error).splitlines()[0][:80]}"
 
@@ -297,21 +294,25 @@ def whole_run(options: Options) -> Iterator[str]:
         with tempfile.TemporaryDirectory() as logs:
             started = time.perf_counter()
             subprocess.run(options.command(epochs=number, log_dir=logs, **settings), check=True, stdout=subprocess.DEVNULL)
-            seconds, rows = time.perf_counter() - started, read_log(Path(logs) / "model_accuracy.log")[1]
+            seconds, (comments, rows) = time.perf_counter() - started, read_log(Path(logs) / "model_accuracy.log")
         flags = " ".join(f"--{name} {value}" for name, value in settings.items())
         yield (f"python main.py --epochs {number} {flags}: {seconds:.1f} s in all, {rows[0]['seconds']:.1f} s in the first "
                f"epoch; {rows[-1]['test_acc']} % of the test images correct")
+        yield from (f"    {line}" for line in comments if "captured" in line or "first step" in line)
 
 
 PARTS: dict[str, tuple[Callable[[Options], Iterator[str]], int]] = {  # the most important first; seconds that each may take
-    "formats": (formats, 130), "whole_run": (whole_run, 150), "epochs": (epochs, 60), "kernels": (kernels, 60),
-    "others": (others, 150), "start_up": (start_up, 80), "batch_sizes": (batch_sizes, 60), "compiled": (compiled, 120)}
+    "formats": (formats, 130), "whole_run": (whole_run, 150), "epochs": (epochs, 100),
+    "profile_fused": (partial(profile, "captured, fused kernels"), 60), "others": (others, 150), "start_up": (start_up, 120),
+    "batch_sizes": (batch_sizes, 60), "search": (search, 60), "profile_captured": (partial(profile, "captured"), 60),
+    "profile_eager": (partial(profile, "eager"), 60), "compiled": (compiled, 120)}
 
 
 def run_part(name: str, options: Options, seconds: float) -> list[str]:
     """The lines of a part, run in a process of its own for at most that long; where it fails, those before, and why."""
     command = [sys.executable, __file__, "--part", name, "--data-dir", options.data_dir, *(["--tiny"] if options.tiny else [])]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    # In a process group, so that those that it starts are stopped, too
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
     ending = ""
     try:
         out, err = process.communicate(timeout=seconds)
@@ -321,7 +322,7 @@ def run_part(name: str, options: Options, seconds: float) -> list[str]:
         os.killpg(process.pid, signal.SIGKILL)
         raise
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
+        os.killpg(process.pid, signal.SIGKILL)
         out, ending = process.communicate()[0], f"{name}: stopped, it took more than {seconds:.0f} s"
     lines = [line.removeprefix(RESULT) for line in out.splitlines() if line.startswith(RESULT)]
     return [*lines, *([ending] if ending else [])]
@@ -330,6 +331,7 @@ def run_part(name: str, options: Options, seconds: float) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="file to write; default: %(default)s")
     parser.add_argument("--seconds", type=int, default=SECONDS, help="for everything")
     parser.add_argument("--parts", default=",".join(PARTS), help="which, and in which order")
     parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
@@ -353,7 +355,7 @@ def main() -> None:
         print("\n".join(part), end="\n\n", flush=True)
         lines += [*part, ""]
         if not options.tiny:
-            RESULTS.write_text("\n".join(lines))
+            arguments.output.write_text("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -260,7 +260,7 @@ def _finished_run_parser(verb: str, description: str, *settings: str, run: str =
     for name in settings:
         parser.add_setting(name, default_text="where the run had its images" if name == "data_dir" else None)
     parser.add_argument("--model", metavar="FILE",
-                        help="use the network of this model.py, such as RUN/model.py; the file is run as code")
+                        help="use the network of this file, such as logs/runs/<folder>/model.py; it is run as code")
     parser.set_defaults(**{name: None if name == "data_dir" else getattr(Config, name) for name in settings})
     return parser
 

@@ -21,9 +21,10 @@ def test_without_cuda_it_says_so_in_one_line(name):
     assert (done.stdout, done.stderr) == ("", f"benchmarks/{name}.py measures on a CUDA GPU, and this PyTorch finds none\n")
 
 
-def test_a_part_runs_on_the_cpu():
-    lines = cuda_speed.run_part("formats", cuda_speed.Options("", tiny=True), 600)
-    assert len(lines) == 11  # a header, and a row for each way
+@pytest.mark.parametrize(("part", "count"), [("formats", 10), ("profile_eager", 21)])
+def test_a_part_runs_on_the_cpu(part, count):
+    lines = cuda_speed.run_part(part, cuda_speed.Options("data", tiny=True), 600)
+    assert len(lines) == count  # a header, and a row for each way, or kernel
     assert not any("left out" in line or "failed" in line for line in lines)
 
 

@@ -144,15 +144,15 @@ def test_batches_are_the_same_whichever_stream_is_slow(monkeypatch, slow):
     """A stream that didn't wait for the other would read what is not there yet, or write over what is not read yet."""
     monkeypatch.setattr(device_batches_module, "AUGMENTED_TOGETHER", 256)
     expected, batches = device_batches(torch.device("cpu"), 2000, 64), device_batches(count=2000, batch_size=64)
-    augment = batches.policies["train"]
+    policy = batches.policies["train"]
+    augment = policy.apply
 
-    def late(images, parameters):
+    def late(*drawn):
         if slow == "augmentation":
             torch.cuda._sleep(20_000_000)  # some 10 ms
-        return augment(images, parameters)
+        return augment(*drawn)
 
-    late.sample, late.draws = augment.sample, augment.draws
-    batches.policies["train"] = late
+    monkeypatch.setattr(policy, "apply", late)
     for epoch in (0, 1):
         seen = []
         for images, labels in batches.shuffled("train", epoch):
