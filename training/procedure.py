@@ -1,8 +1,9 @@
-"""How a run trains, beside its settings: fingerprints of the augmentation, the schedule and the training step.
+"""How a run trains, beside its settings: fingerprints of initialization, augmentation, schedule and training step.
 
 Each is of what the present code does with a few fixed configs, so between two runs it differs only where the code was edited.
 """
 
+import copy
 import dataclasses
 import inspect
 import random
@@ -19,13 +20,14 @@ from torch import nn
 
 from analysis.identity import fingerprint, plain_source
 from batches.making import make_policies
-from config import MACHINE_SETTINGS, SETTINGS, Config
+from config import MACHINE_SETTINGS, SETTINGS, Config, net_settings
+from model import Net
 from training.distillation import Distillation
 from training.optimizer import make_optimizer
 from training.schedule import learning_rate, policy_name, set_learning_rate
 from training.step import TrainStep
 
-FILES = {"augmentation": ["batches/augmentation.py"], "schedule": ["training/schedule.py"],
+FILES = {"initialization": ["model.py"], "augmentation": ["batches/augmentation.py"], "schedule": ["training/schedule.py"],
          "training step": ["training/optimizer.py", "training/step.py", "training/distillation.py"]}
 # Read now: a user may edit them while the runs of a sweep are made
 SOURCES = {file: plain_source(Path(__file__).parents[1] / file) for files in FILES.values() for file in files}
@@ -84,6 +86,24 @@ def _fixed_random_numbers() -> Iterator[None]:
             random.setstate(python_state)
 
 
+def _initialization(config: Config) -> Any:
+    """Mean and standard deviation of each of the network's tensors that begins otherwise than its layer's `reset_parameters`
+    leaves it. A network without such tensors has PyTorch's own initialization, whatever its layers are, if they are built in
+    the order in which it holds them."""
+    torch.default_generator.manual_seed(0)
+    net = Net(10, **net_settings(vars(config)))
+    usual = copy.deepcopy(net)
+    for tensor in usual.state_dict().values():
+        tensor.fill_(77)  # stays where no layer resets it
+    torch.default_generator.manual_seed(0)
+    for layer in usual.modules():
+        if callable(reset := getattr(layer, "reset_parameters", None)):
+            reset()
+    begun, expected = net.state_dict(), usual.state_dict()
+    return {name: [round(each.item(), 4) for each in (tensor.double().mean(), tensor.double().std(correction=0))]
+            for name, tensor in begun.items() if not torch.equal(tensor, expected[name])}
+
+
 def _augmentation(config: Config) -> Any:
     """Each policy's transforms with their parameters, and the sources of those that are not Albumentations' own."""
     policies = make_policies(config, (0.5,) * 3, (0.25,) * 3)
@@ -132,4 +152,4 @@ def _training_step(config: Config) -> Any:
 
 
 PARTS: dict[str, Callable[[Config], Any]] = {
-    "augmentation": _augmentation, "schedule": _schedule, "training step": _training_step}
+    "initialization": _initialization, "augmentation": _augmentation, "schedule": _schedule, "training step": _training_step}

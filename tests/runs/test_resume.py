@@ -186,6 +186,14 @@ def test_an_edited_network_is_not_filled_with_the_old_weights(run, tmp_path, sto
     assert "began with another network than model.py has now" in one_line(err)
 
 
+class Zeroed(Net):
+    """With an edited initialization."""
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        torch.nn.init.zeros_(self.head[-1].bias)
+
+
 def test_a_run_does_not_go_on_with_another_procedure(run, tmp_path, stop_in_epoch, monkeypatch, uninterrupted):
     """Until the edit is undone. It is told before a policy that can't run on whole batches asks for other batches."""
     stop_in_epoch(1)
@@ -193,7 +201,8 @@ def test_a_run_does_not_go_on_with_another_procedure(run, tmp_path, stop_in_epoc
     for name, replacement, words in (
             ("make_policies", lambda *_: {"train": A.Compose([A.Sharpen(p=1)])}, "another augmentation: undo the edits made "
                                                                                   "since in batches/augmentation.py,"),
-            ("make_optimizer", lambda net, *_: torch.optim.Adam(net.parameters()), "another training step: undo")):
+            ("make_optimizer", lambda net, *_: torch.optim.Adam(net.parameters()), "another training step: undo"),
+            ("Net", Zeroed, "another initialization: undo the edits made since in model.py,")):
         with monkeypatch.context() as patch:
             edit(patch, name, replacement)
             status, _, err = run("--resume")

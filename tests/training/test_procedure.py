@@ -1,4 +1,4 @@
-"""Edits of the augmentation, the schedule and the training step are noticed, other edits are not."""
+"""Edits of initialization, augmentation, schedule and training step are noticed, other edits are not."""
 
 import dataclasses
 import importlib
@@ -10,18 +10,20 @@ import albumentations as A
 import numpy as np
 import pytest
 import torch
-from conftest import edit
+from conftest import ROOT, edit
+from torch import nn
 
 from batches import augmentation, making
 from config import MACHINE_SETTINGS, Config
 from experiments.differences import COMMITTED_PROCEDURE
+from model import Net
 from training import procedure
 from training.distributed import Processes
 from training.optimizer import SGD
 from training.procedure import PROBE, describe_procedure
 from training.step import TrainStep
 
-# settings that these three parts don't read: the images, the network, and which random numbers are drawn
+# settings that have no effect on these parts: the images, the network, and which random numbers are drawn
 ELSEWHERE = {"batch_size", "validation", "seed", "teacher", "width", "dropout"}
 
 
@@ -115,6 +117,55 @@ def test_a_policy_that_cannot_be_described_counts_by_the_file_as_it_was_imported
     assert changed() == {"augmentation"}
     monkeypatch.setitem(procedure.SOURCES, "batches/augmentation.py", "edited")
     assert describe_procedure()["augmentation"] != before["augmentation"]
+
+
+# ---------------------------------------------------------------- edits of the initialization
+
+class Edited(Net):
+    """The network after `edit_of`, an edit at the end of its __init__."""
+
+    edit_of = staticmethod(lambda net: None)
+
+    def __init__(self, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        type(self).edit_of(self)
+
+
+def test_each_edit_of_the_initialization_is_another(monkeypatch):
+    monkeypatch.setattr(procedure, "Net", Edited)
+    found = set()
+    for edit_of in (lambda net: nn.init.kaiming_normal_(net.conv_block2[1][1].weight),
+                    lambda net: nn.init.kaiming_normal_(net.conv_block2[1][1].weight, mode="fan_out"),
+                    lambda net: nn.init.constant_(net.conv_block4[1][2].weight, 0.5),
+                    lambda net: nn.init.zeros_(net.head[1].bias),
+                    lambda net: net.head[1].bias.data.copy_(torch.linspace(-1, 1, 10)),
+                    lambda net: net.head[1].bias.data.copy_(torch.linspace(-2, 2, 10)),
+                    lambda net: net.register_parameter("scale", nn.Parameter(torch.ones(3))),
+                    lambda net: net.register_parameter("scale", nn.Parameter(torch.zeros(3)))):
+        monkeypatch.setattr(Edited, "edit_of", staticmethod(edit_of))
+        assert changed() == {"initialization"}
+        found.add(describe_procedure()["initialization"])
+    assert len(found) == 8
+
+
+def test_a_network_with_other_layers_has_the_same_initialization(monkeypatch):
+    """PyTorch's own. The layers have a fingerprint of their own, the network's identity."""
+    source, edited = (ROOT / "model.py").read_text(), {}
+    for before, after in (("            separable(c128, c192", "            separable(c128, c128), separable(c128, c192"),
+                          ("nn.Conv2d(c256, num_classes, kernel_size=1)", "nn.Flatten(), nn.Linear(c256, num_classes)")):
+        assert before in source
+        source = source.replace(before, after)
+    exec(source, edited)
+    monkeypatch.setattr(procedure, "Net", edited["Net"])
+    assert changed() == set()
+
+
+def test_a_network_that_cannot_be_built_here_counts_by_its_source(monkeypatch):
+    monkeypatch.setattr(procedure, "Net", None)
+    before = describe_procedure()
+    assert changed() == {"initialization"}
+    monkeypatch.setitem(procedure.SOURCES, "model.py", "edited")
+    assert describe_procedure()["initialization"] != before["initialization"]
 
 
 # ---------------------------------------------------------------- edits of the schedule and of the step
