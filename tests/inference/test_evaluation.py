@@ -1,11 +1,14 @@
 """python main.py test: the figures, and the program around them."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from learned_run import CHANCE, copy_learned_run
 from torch import nn
 
+from benchmarks import paired_images
 from inference.evaluation import evaluate_predictions, expected_calibration_error, report_evaluation
 from runs.record import read_run
 
@@ -93,3 +96,28 @@ def test_mirroring_averages_the_logits_of_both():
 def test_names_of_classes_are_escaped():
     text = report_evaluation(LeftOrRight(), halves(), torch.device("cpu"), ("a\x1b[31m\nb", "\udcff"), flip=False)
     assert [line.split() for line in text.splitlines()[2:]] == [["a\\x1b[31m\\nb", "100.00", "%"], ["\\xff", "100.00", "%"]]
+
+
+def test_accuracies_on_the_same_images_are_compared_image_by_image():
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(400, generator=generator) < share for share in (0.8, 0.7))
+    each = first.double() - second.double()
+    only_first, only_second = (int(each.eq(sign).sum()) for sign in (1, -1))
+    assert paired_images.compared(first, second) == (
+        f"{100 * first.double().mean():.2f} and {100 * second.double().mean():.2f} % of 400 images: "
+        f"{only_first} by the first only, {only_second} by the second only, "
+        f"{100 * each.mean():+.2f} ± {100 * each.std(correction=0) / 20:.2f}")
+
+
+def test_runs_are_compared_on_the_images_that_they_held_out(tmp_path, monkeypatch, capsys):
+    folder = copy_learned_run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["paired_images.py", str(folder), str(folder)])
+    capsys.readouterr()  # of its training
+    paired_images.main()
+    accuracy = f"{read_run(folder).rows[-1]['val_acc']:.2f}"
+    assert capsys.readouterr().out == (f"{accuracy} and {accuracy} % of 30 images: 0 by the first only, 0 by the second only, "
+                                       "+0.00 ± 0.00\n")
+    results = iter([(torch.ones(3, dtype=torch.bool), torch.tensor(labels)) for labels in ([0, 1, 2], [0, 2, 1])])
+    monkeypatch.setattr(paired_images, "predicted", lambda arguments: next(results))
+    with pytest.raises(SystemExit, match="not judged by the same images"):
+        paired_images.main()
