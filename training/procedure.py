@@ -3,7 +3,6 @@
 Each is of what the present code does with a few fixed configs, so between two runs it differs only where the code was edited.
 """
 
-import copy
 import dataclasses
 import inspect
 import random
@@ -92,16 +91,16 @@ def _initialization(config: Config) -> Any:
     the order in which it holds them."""
     torch.default_generator.manual_seed(0)
     net = Net(10, **net_settings(vars(config)))
-    usual = copy.deepcopy(net)
-    for tensor in usual.state_dict().values():
+    begun = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    for tensor in net.state_dict().values():
         tensor.fill_(77)  # stays where no layer resets it
     torch.default_generator.manual_seed(0)
-    for layer in usual.modules():
+    for layer in net.modules():
         if callable(reset := getattr(layer, "reset_parameters", None)):
             reset()
-    begun, expected = net.state_dict(), usual.state_dict()
+    usual = net.state_dict()
     return {name: [round(each.item(), 4) for each in (tensor.double().mean(), tensor.double().std(correction=0))]
-            for name, tensor in begun.items() if not torch.equal(tensor, expected[name])}
+            for name, tensor in begun.items() if not torch.equal(tensor, usual[name])}
 
 
 def _augmentation(config: Config) -> Any:
