@@ -51,9 +51,9 @@ def main() -> None:
     try:
         (first, labels), (second, other_labels) = (predicted(Namespace(run=run, **common)) for run in options.run)
     except UserError as error:
-        sys.exit(str(error))
+        parser.exit(2, f"{error}\n")
     if not labels.equal(other_labels):
-        sys.exit("the two runs were not judged by the same images: name runs with the same --validation")
+        parser.exit(2, "the two runs were not judged by the same images: name runs with the same --validation\n")
     print(compared(first, second))
 
 

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 from learned_run import CHANCE, copy_learned_run
 from torch import nn
 
@@ -119,5 +120,6 @@ def test_runs_are_compared_on_the_images_that_they_held_out(tmp_path, monkeypatc
                                        "+0.00 ± 0.00\n")
     results = iter([(torch.ones(3, dtype=torch.bool), torch.tensor(labels)) for labels in ([0, 1, 2], [0, 2, 1])])
     monkeypatch.setattr(paired_images, "predicted", lambda arguments: next(results))
-    with pytest.raises(SystemExit, match="not judged by the same images"):
+    with pytest.raises(SystemExit, match="2"):
         paired_images.main()
+    assert "not judged by the same images" in one_line(capsys.readouterr().err)
