@@ -190,11 +190,15 @@ def start_up(options: Options) -> Iterator[str]:
         yield f"{name:<34} " + "{:8.2f} {:10.2f} {:11.2f}".format(*json.loads(out))
 
 
+def train(program: Program, batches: Batches) -> None:
+    """Train on these batches, as main.py does."""
+    with tqdm(disable=True) as bar:
+        train_epoch(program.step, batches, lambda images: 0.01, bar)
+
+
 def run_epoch(options: Options, program: Program, epoch: int) -> None:
     """An epoch and its test, as main.py runs them."""
-    with tqdm(disable=True) as bar:
-        batches = islice(program.batches.shuffled("train", epoch), 3 if options.tiny else None)
-        train_epoch(program.step, batches, lambda images: 0.01, bar)
+    train(program, islice(program.batches.shuffled("train", epoch), 3 if options.tiny else None))
     evaluate(program.step.net, islice(program.batches.in_order("test"), 1 if options.tiny else None), program.device)
 
 
@@ -222,15 +226,14 @@ def profile(way: str, options: Options) -> Iterator[str]:
     Profiling itself makes eager steps slower."""
     program = options.program(batches="device", **WAYS[way])
     run_epoch(options, program, 0)
-    activity = ProfilerActivity.CUDA if program.device.type == "cuda" else ProfilerActivity.CPU
-    with torch.profiler.profile(activities=[activity]) as profiler:
+    processor = program.device.type.upper()  # as PyTorch's profiler names it
+    with torch.profiler.profile(activities=[ProfilerActivity.__members__[processor]]) as profiler:
         for epoch in (1, 2):
             run_epoch(options, program, epoch)
         wait(program.device)
-    on_device = torch.profiler.DeviceType.CUDA if program.device.type == "cuda" else torch.profiler.DeviceType.CPU
     events = sorted((event.start_ns(), event.duration_ns(), event.name())
                     for event in profiler.profiler.kineto_results.events()
-                    if event.device_type() == on_device and not event.is_user_annotation())
+                    if event.device_type().name == processor and not event.is_user_annotation())
     if not events:
         yield f"{way}: the profiler recorded no kernel"
         return
@@ -253,15 +256,10 @@ def profile(way: str, options: Options) -> Iterator[str]:
 def ours(options: Options, settings: dict[str, str]) -> Measured:
     """The program's own epochs and tests, measured as the others'."""
     program = options.program(batches="device", **settings)
-    step, batches, device, epoch = program.step, program.batches, program.device, count()
-
-    def train(batches: Batches) -> None:
-        with tqdm(disable=True) as bar:
-            train_epoch(step, batches, lambda images: 0.01, bar)
-
-    measured = timed(train, lambda: batches.shuffled("train", next(epoch)), 0, device)
-    return measured | {"test": timed(lambda parts: evaluate(step.net, parts, device), lambda: batches.in_order("test"), 0,
-                                     device)["train"]}
+    batches, device, epoch = program.batches, program.device, count()
+    measured = timed(partial(train, program), lambda: batches.shuffled("train", next(epoch)), 0, device)
+    return measured | {"test": timed(lambda parts: evaluate(program.step.net, parts, device),
+                                     lambda: batches.in_order("test"), 0, device)["train"]}
 
 
 def others(options: Options) -> Iterator[str]:

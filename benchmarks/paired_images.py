@@ -17,6 +17,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from commands.start import report
 from config import Config, UserError
 from inference.loading import load_trained
 from training.epoch import predict
@@ -50,10 +51,10 @@ def main() -> None:
     common = {"log_dir": options.log_dir, "data_dir": options.data_dir, "device": "auto", "model": None}
     try:
         (first, labels), (second, other_labels) = (predicted(Namespace(run=run, **common)) for run in options.run)
+        if not labels.equal(other_labels):
+            raise UserError("the two runs were not judged by the same images: name runs with the same --validation")
     except UserError as error:
-        parser.exit(2, f"{error}\n")
-    if not labels.equal(other_labels):
-        parser.exit(2, "the two runs were not judged by the same images: name runs with the same --validation\n")
+        sys.exit(report(error))
     print(compared(first, second))
 
 
