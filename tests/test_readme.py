@@ -70,7 +70,8 @@ def test_a_changed_figure_would_be_noticed(document, old, new):
 
 def test_figures_in_the_summary_of_what_was_learned_are_those_of_the_tables():
     summary = re.search(r"\n1\. .*?\n10\. .*?\n\n", text_of("LEARNINGS.md"), re.DOTALL)[0]
-    logged = [f"{run.rows[-1]['test_acc']:.2f}" for recipe in RECIPES for run in readme.recipe_runs(recipe)]
+    logged = [f"{value:.2f}" for folder in (*RECIPES, *RUNS) for value in (
+        *(run.rows[-1]["test_acc"] for run in readme.recipe_runs(folder)), *readme.accuracy(folder)[:2])]
     config = [f"{value}" for changes in (vars(Config()), {"lr": 0.05}, {"lr": 0.2}) for value in changes.values()]
     known = {*re.findall(r"\d+\.\d+", "".join(readme.tables().values())), *logged, *config}
     assert set(re.findall(r"\d+\.\d+", summary)) <= known
@@ -89,10 +90,11 @@ def test_how_long_training_takes_is_what_was_measured():
     assert f"({float(seconds.replace(',', '')) / 3600:.1f} hours on two CPU cores" in text_of("README.md")
 
 
-def test_the_seeds_of_strong_are_told():
-    *others, last = (f"{run.rows[-1]['test_acc']:.2f}" for run in readme.recipe_runs("strong"))
-    for document in ("README.md", "LEARNINGS.md"):
-        assert f"{', '.join(others)} and {last} %" in unwrapped(document)
+@pytest.mark.parametrize(("folder", "document"), [
+    ("strong", "README.md"), ("strong", "LEARNINGS.md"), ("strong-80", "LEARNINGS.md")])
+def test_the_accuracy_of_every_seed_is_told(folder, document):
+    *others, last = (f"{run.rows[-1]['test_acc']:.2f}" for run in readme.recipe_runs(folder))
+    assert f"{', '.join(others)} and {last} %" in unwrapped(document)
 
 
 def test_the_picture_shows_what_is_measured():

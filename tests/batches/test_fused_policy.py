@@ -34,7 +34,7 @@ def test_the_kernel_makes_the_same_bits():
     out = subprocess.run([sys.executable, "tests/batches/policies_interpreted.py"], cwd=ROOT, check=True, capture_output=True,
                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
     found = json.loads(out.stdout)
-    assert len(found["policies"]) == 9
+    assert len(found["policies"]) == 10
     assert found["different"] == []
 
 
@@ -110,7 +110,7 @@ def test_a_policy_is_one_launch(monkeypatch):
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
-@pytest.mark.parametrize("changes", [{"affine_p": 0.5}, {"affine_p": 0.0, "crop_size": 24}])
+@pytest.mark.parametrize("changes", [{"affine_p": 0.5, "crop_size": 32, "uncropped_share": 0.0}, {}])
 def test_the_kernel_compiles(monkeypatch, capability, changes):
     types = {torch.float32: "*fp32", torch.uint8: "*u8", torch.long: "*i64", torch.int32: "*i32", torch.bool: "*i1",
              torch.float64: "*fp64"}
