@@ -38,16 +38,16 @@ RESULTS = PROGRAM / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
 # What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
 WHOLE_IMAGES = {"crop_size": 32, "uncropped_share": 0.0}
-LESS_PADDING = {"crop_padding": 2, "uncropped_share": 0.2}
+EARLIER_CROPS = {"crop_padding": 2, "uncropped_share": 0.2}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "wide": ("its teacher, four times as wide", "strong", {"epochs": 61, "width": 4} | LESS_PADDING),
+    "wide": ("its teacher, four times as wide", "strong", {"epochs": 61, "width": 4} | EARLIER_CROPS),
     "strong-80": ("`strong` on whole images", "strong", {"epochs": 80} | WHOLE_IMAGES),
     "fast-20": ("`fast` on whole images", "fast", {"epochs": 20} | WHOLE_IMAGES),
     "fast-taught": ("the same, taught by `strong` on whole images", "fast", {
         "epochs": 20} | WHOLE_IMAGES | {"teacher": "logs/reference/strong-80/seed-0"})}
 # Runs that only a text tells of, in the same form
 TOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "strong-crops": ("", "strong", {"epochs": 122} | LESS_PADDING),
+    "strong-crops": ("", "strong", {"epochs": 122} | EARLIER_CROPS),
     "best-160": ("", "best", {
         "epochs": 160, "teacher": "logs/reference/strong-crops/seed-0,logs/reference/strong-crops/seed-1"}),
     "baseline-cuda": ("", "baseline", {})}

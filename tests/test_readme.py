@@ -75,6 +75,9 @@ def test_figures_in_the_summary_of_what_was_learned_are_those_of_the_tables():
     config = [f"{value}" for changes in (vars(Config()), {"lr": 0.05}, {"lr": 0.2}) for value in changes.values()]
     known = {*re.findall(r"\d+\.\d+", "".join(readme.tables().values())), *logged, *config}
     assert set(re.findall(r"\d+\.\d+", summary)) <= known
+    pairs, tables = re.compile(r"\d+\.\d+ ± \d+\.\d+"), "".join(readme.tables().values())
+    means = [readme.plus_minus(*readme.accuracy(folder)[:2]) for folder in (*RECIPES, *RUNS)]
+    assert set(pairs.findall(summary)) <= {*means, *pairs.findall(tables)}
 
 
 @pytest.mark.parametrize(("recipe", "target"), [("fast", 89), ("strong", 91.5), ("best", 92.6)])
@@ -91,7 +94,8 @@ def test_how_long_training_takes_is_what_was_measured():
 
 
 @pytest.mark.parametrize(("folder", "document"), [
-    ("strong", "README.md"), ("strong", "LEARNINGS.md"), ("strong-80", "LEARNINGS.md")])
+    ("strong", "README.md"),
+    *((folder, "LEARNINGS.md") for folder in ("fast", "strong", "strong-80", "strong-crops", "best"))])
 def test_the_accuracy_of_every_seed_is_told(folder, document):
     *others, last = (f"{run.rows[-1]['test_acc']:.2f}" for run in readme.recipe_runs(folder))
     assert f"{', '.join(others)} and {last} %" in unwrapped(document)

@@ -32,8 +32,9 @@ def all_transforms(border: int) -> A.Compose:
 
 
 policies = {f"{name} {part}": make_policies(Config(**RECIPES[name]), MEAN, STD)[part]
-            for name, part in (("baseline", "train"), ("strong", "train"), ("fast", "train"), ("fast", "uncropped"))}
-policies["whole crop"] = make_policies(Config(crop_padding=4, affine_p=0.0), MEAN, STD)["train"]
+            for name, part in (("baseline", "train"), ("strong", "train"), ("fast", "train"), ("fast", "uncropped"),
+                               ("strong", "uncropped"))}
+policies["whole crop"] = make_policies(Config(crop_padding=4, affine_p=0.0, coarse_dropout_size=8), MEAN, STD)["train"]
 policies |= {f"border {border}": all_transforms(border)
              for border in (cv2.BORDER_CONSTANT, cv2.BORDER_REFLECT, cv2.BORDER_REFLECT_101)}
 pad = A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_CONSTANT, fill=9)
