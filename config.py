@@ -180,7 +180,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "baseline": {},
     # A quarter of the baseline's compute
     "fast": BETTER | SMALL_CROPS | {"epochs": 30, "weight_decay": 1e-3, "coarse_dropout_p": 0.0},
-    # The baseline's compute: 24 x 24 of 40 x 40 pixels, whole images for the last tenth of the epochs, a hole in every other
+    # The baseline's compute: 24 x 24 of 40 x 40 pixels, then whole images for the last tenth; a hole in every other image
     "strong": BETTER | {"epochs": 132, "crop_padding": 4, "crop_size": 24, "uncropped_share": 0.1, "coarse_dropout_size": 8},
     # More than twice strong's epochs, taught by a committed network of four times the width that saw the same crops
     "best": BETTER | SMALL_CROPS | {"epochs": 300, "coarse_dropout_size": 8, "teacher": "logs/reference/wide/seed-0"},

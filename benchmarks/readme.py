@@ -24,7 +24,7 @@ from analysis.receptive_field import convolutions
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, Config, flag, uncropped_epochs
+from config import RECIPES, SMALL_CROPS, Config, flag, uncropped_epochs
 from experiments.comparison import make_tables
 from experiments.report import as_text, with_short_teachers
 from experiments.statistics import LEVEL
@@ -38,16 +38,15 @@ RESULTS = PROGRAM / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
 # What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
 WHOLE_IMAGES = {"crop_size": 32, "uncropped_share": 0.0}
-EARLIER_CROPS = {"crop_padding": 2, "uncropped_share": 0.2}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "wide": ("its teacher, four times as wide", "strong", {"epochs": 61, "width": 4} | EARLIER_CROPS),
+    "wide": ("its teacher, four times as wide", "strong", {"epochs": 61, "width": 4} | SMALL_CROPS),
     "strong-80": ("`strong` on whole images", "strong", {"epochs": 80} | WHOLE_IMAGES),
     "fast-20": ("`fast` on whole images", "fast", {"epochs": 20} | WHOLE_IMAGES),
     "fast-taught": ("the same, taught by `strong` on whole images", "fast", {
         "epochs": 20} | WHOLE_IMAGES | {"teacher": "logs/reference/strong-80/seed-0"})}
 # Runs that only a text tells of, in the same form
 TOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "strong-crops": ("", "strong", {"epochs": 122} | EARLIER_CROPS),
+    "strong-crops": ("", "strong", {"epochs": 122} | SMALL_CROPS),
     "best-160": ("", "best", {
         "epochs": 160, "teacher": "logs/reference/strong-crops/seed-0,logs/reference/strong-crops/seed-1"}),
     "baseline-cuda": ("", "baseline", {})}

@@ -70,14 +70,13 @@ def test_a_changed_figure_would_be_noticed(document, old, new):
 
 def test_figures_in_the_summary_of_what_was_learned_are_those_of_the_tables():
     summary = re.search(r"\n1\. .*?\n10\. .*?\n\n", text_of("LEARNINGS.md"), re.DOTALL)[0]
-    logged = [f"{value:.2f}" for folder in (*RECIPES, *RUNS) for value in (
-        *(run.rows[-1]["test_acc"] for run in readme.recipe_runs(folder)), *readme.accuracy(folder)[:2])]
+    folders, figure = (*RECIPES, *RUNS), r"\d+\.\d+"
+    told = "\n".join([*readme.tables().values(), *(readme.plus_minus(*readme.accuracy(folder)[:2]) for folder in folders)])
+    logged = [f"{run.rows[-1]['test_acc']:.2f}" for folder in folders for run in readme.recipe_runs(folder)]
     config = [f"{value}" for changes in (vars(Config()), {"lr": 0.05}, {"lr": 0.2}) for value in changes.values()]
-    known = {*re.findall(r"\d+\.\d+", "".join(readme.tables().values())), *logged, *config}
-    assert set(re.findall(r"\d+\.\d+", summary)) <= known
-    pairs, tables = re.compile(r"\d+\.\d+ ± \d+\.\d+"), "".join(readme.tables().values())
-    means = [readme.plus_minus(*readme.accuracy(folder)[:2]) for folder in (*RECIPES, *RUNS)]
-    assert set(pairs.findall(summary)) <= {*means, *pairs.findall(tables)}
+    assert set(re.findall(figure, summary)) <= {*re.findall(figure, told), *logged, *config}
+    pair = f"{figure} ± {figure}"
+    assert set(re.findall(pair, summary)) <= set(re.findall(pair, told))
 
 
 @pytest.mark.parametrize(("recipe", "target"), [("fast", 89), ("strong", 91.5), ("best", 92.6)])
