@@ -1,20 +1,31 @@
 """What changes with the epoch, as functions of the config: the learning rate, and the policy of the training images."""
 
 import math
+from functools import cache
 
 import torch
 
 from config import Config, uncropped_epochs
+from training.optimizer import SGD
 
 
 def learning_rate(config: Config, epoch: float) -> float:
     """The learning rate at `epoch`, which may be fractional: 3.5 is halfway through epoch 3.
 
-    A cosine from `lr` to `min_lr`, stepped per epoch (Loshchilov and Hutter 2017, arXiv:1608.03983): the closed form of
-    torch's CosineAnnealingLR. As a function it has no state to save, so a resumed run only counts its epochs.
-    """
-    progress = math.floor(epoch) / config.epochs  # without the floor the rate changes with each step
-    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    torch's CosineAnnealingLR from `lr` to `min_lr`, stepped per epoch (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    return _rates(config.epochs, config.lr, config.min_lr)[math.floor(epoch)]
+
+
+@cache
+def _rates(epochs: int, lr: float, min_lr: float) -> list[float]:
+    optimizer = SGD([torch.zeros(1)], lr=lr)
+    optimizer.step()  # schedulers warn where they are stepped before it
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, min_lr)
+    rates = []
+    for _ in range(epochs + 1):
+        rates += scheduler.get_last_lr()
+        scheduler.step()
+    return rates
 
 
 def policy_name(config: Config, epoch: int) -> str:
