@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SIDE = 32  # pixels: the height and width of every image
+
 
 class UserError(Exception):
     """An error that the user can fix. The program ends with its message as one line on stderr and exit status 2."""

@@ -6,13 +6,13 @@
     python main.py --help               all settings and commands
 
 Images -> augmentation policies -> Net -> SGD -> cosine schedule -> epochs of training and testing -> logs, checkpoints,
-weights, pictures. The loop is here, the network in model.py, the augmentation in batches/augmentation.py, the optimizer in
-training/optimizer.py, the learning rate in training/schedule.py, the loss in training/step.py. `compare`, `sweep` and
+weights, pictures. The loop is here, the network in model.py, the augmentation in augmentation.py, the optimizer in
+tinycnn/training/optimizer.py, the learning rate in tinycnn/training/schedule.py, the loss in tinycnn/training/step.py. `compare`, `sweep` and
 `--resume` notice edits of these, but not of this file.
 """
 
 if __name__ == "__main__":  # before torch is loaded, so that --help and a wrong flag answer at once
-    from commands.start import parse_or_exit
+    from tinycnn.commands.start import parse_or_exit
     arguments = parse_or_exit()
 
 import math
@@ -26,27 +26,27 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from analysis.identity import describe_network
-from analysis.summary import torch_summary
-from batches.making import Batches, check_policies, make_batches, make_policies, resolve_batches
-from commands.start import STARTED, run_or_exit
-from config import Config, UserError, available_cores, net_settings
-from images.dataset import SIDE, Images
-from images.loading import load_images, resolve_dataset
-from images.names import plural, printable
+from config import SIDE, Config, UserError, available_cores, net_settings
 from model import Net
-from runs.finding import REFERENCE, next_number, refuse_run_folder
-from runs.record import make_record, read_run
-from runs.resuming import Unfinished
-from runs.tensorboard import check_tensorboard, event_writer, write_events
-from runs.weights import Weights, check_teachers, find_teachers
-from runs.writer import NoWriter, RunWriter, resume_run, start_run
-from training.capture import Step, make_step
-from training.dilated import use_fast_dilated_convs
-from training.distillation import Distillation
-from training.distributed import ALONE, Processes, batch_sizes, synchronize_norms
-from training.epoch import check_output, evaluate, train_epoch
-from training.machine import (
+from tinycnn.commands.start import STARTED, run_or_exit
+from tinycnn.data.batches import Batches, check_policies, make_batches, make_policies, resolve_batches
+from tinycnn.data.dataset import Images
+from tinycnn.data.loading import load_images, resolve_dataset
+from tinycnn.network.identity import describe_network
+from tinycnn.network.summary import torch_summary
+from tinycnn.runs.finding import REFERENCE, next_number, refuse_run_folder
+from tinycnn.runs.record import make_record, read_run
+from tinycnn.runs.resuming import Unfinished
+from tinycnn.runs.tensorboard import check_tensorboard, event_writer, write_events
+from tinycnn.runs.weights import Weights, check_teachers, find_teachers
+from tinycnn.runs.writer import NoWriter, RunWriter, resume_run, start_run
+from tinycnn.text import plural, printable
+from tinycnn.training.capture import Step, make_step
+from tinycnn.training.dilated import use_fast_dilated_convs
+from tinycnn.training.distillation import Distillation
+from tinycnn.training.distributed import ALONE, Processes, batch_sizes, synchronize_norms
+from tinycnn.training.epoch import check_output, evaluate, train_epoch
+from tinycnn.training.machine import (
     describe_device,
     find_device,
     instruction_set,
@@ -55,10 +55,10 @@ from training.machine import (
     seed_torch,
     set_determinism,
 )
-from training.metrics import Result
-from training.optimizer import make_optimizer
-from training.procedure import describe_procedure
-from training.schedule import learning_rate, policy_name
+from tinycnn.training.metrics import Result
+from tinycnn.training.optimizer import make_optimizer
+from tinycnn.training.procedure import describe_procedure
+from tinycnn.training.schedule import learning_rate, policy_name
 
 NOT_MEASURED = Result(math.nan, math.nan)
 EPOCH_BAR = "{desc} |{bar}| {remaining} left, {rate_noinv_fmt}{postfix}"
@@ -88,7 +88,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
     config = replace(config, batches=resolve_batches(config.batches, policies, images, device),
                      threads=config.threads or max(1, available_cores() // processes.local_size))
 
-    # Network and optimizer. The learning rate of a step is set by training/schedule.py, the loss by training/step.py
+    # Network and optimizer. The learning rate of a step is set by tinycnn/training/schedule.py, the loss by tinycnn/training/step.py
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     seed_torch(config.seed, 0)
@@ -127,7 +127,7 @@ def train(config: Config, unfinished: Unfinished | None = None, processes: Proce
         if processes.is_first:
             print_result(writer.folder)
             if config.pictures:
-                from commands.plot import draw_pictures  # loads Matplotlib, which would keep the first epoch waiting
+                from tinycnn.commands.plot import draw_pictures  # loads Matplotlib, which would keep the first epoch waiting
 
                 with closing(batches if processes.size == 1 else make_batches(config, images, policies, device)) as whole:
                     draw_pictures(net, whole, images, policies["train"], device, writer.folder)

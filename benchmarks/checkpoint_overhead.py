@@ -22,14 +22,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis.identity import describe_network
 from benchmarks.program import make_program
 from config import Config
 from model import Net
-from runs.log import Row
-from runs.record import make_record
-from runs.writer import start_run
-from training.epoch import train_epoch
+from tinycnn.network.identity import describe_network
+from tinycnn.runs.log import Row
+from tinycnn.runs.record import make_record
+from tinycnn.runs.writer import start_run
+from tinycnn.training.epoch import train_epoch
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from images.names import plural
-from runs.log import ACCURACY_LOG, read_log
-from runs.record import MODEL, SUMMARY
+from tinycnn.runs.log import ACCURACY_LOG, read_log
+from tinycnn.runs.record import MODEL, SUMMARY
+from tinycnn.text import plural
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "cluster.md"

@@ -39,12 +39,12 @@ from benchmarks.others import Batches, Measured, fast_public_style, timed, usual
 from benchmarks.program import Program, make_program
 from config import Config, available_cores
 from model import Net
-from runs.log import read_log
-from training.capture import CapturedStep, Step, fused_kernels
-from training.epoch import evaluate, train_epoch
-from training.machine import describe_device, find_device
-from training.optimizer import SGD
-from training.step import TrainStep
+from tinycnn.runs.log import read_log
+from tinycnn.training.capture import CapturedStep, Step, fused_kernels
+from tinycnn.training.epoch import evaluate, train_epoch
+from tinycnn.training.machine import describe_device, find_device
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.step import TrainStep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cuda.txt"
@@ -107,7 +107,7 @@ def variant_step(device: torch.device, how: str, memory_format: str, dtype: str)
 def changed(how: str) -> Iterator[None]:
     """Change what `how` names: a search by cuDNN for its fastest kernels; all gradients of the fused kernels in one stream."""
     torch.backends.cudnn.benchmark = "with search" in how
-    one_stream = mock.patch("training.fused.network.side_stream", return_value=None)
+    one_stream = mock.patch("tinycnn.kernels.network.side_stream", return_value=None)
     with one_stream if "one stream" in how else nullcontext():
         yield
 

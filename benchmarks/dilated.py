@@ -1,4 +1,4 @@
-"""What training/dilated.py gains on a CPU: for the dilated convolution alone, and for a whole training step.
+"""What tinycnn/training/dilated.py gains on a CPU: for the dilated convolution alone, and for a whole training step.
 
     python benchmarks/dilated.py        prints, and writes benchmarks/results/dilated.txt
 
@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402 (after the path is set)
 from model import Net  # noqa: E402
-from training.dilated import use_fast_dilated_convs  # noqa: E402
-from training.machine import describe_device, keep_freed_memory  # noqa: E402
-from training.step import TrainStep  # noqa: E402
+from tinycnn.training.dilated import use_fast_dilated_convs  # noqa: E402
+from tinycnn.training.machine import describe_device, keep_freed_memory  # noqa: E402
+from tinycnn.training.step import TrainStep  # noqa: E402
 
 CPU, BATCH, ROUNDS = torch.device("cpu"), 128, 30
 

@@ -1,4 +1,4 @@
-"""How long the launches of the fused kernels take, and how long with other settings than those of training/fused/launches.py.
+"""How long the launches of the fused kernels take, and how long with other settings than those of tinycnn/kernels/launches.py.
 
     python benchmarks/fused_launches.py                                  writes benchmarks/results/fused_launches.txt
     python benchmarks/fused_launches.py --settings SUM --output FILE     one setting; all take more than ten minutes
@@ -20,7 +20,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from model import Net
-from training.machine import describe_device
+from tinycnn.training.machine import describe_device
 
 RESULTS = Path(__file__).parent / "results" / "fused_launches.txt"
 Setting = tuple[int, dict[str, int]]  # rows at once, and how Triton compiles
@@ -44,8 +44,8 @@ TRIED: dict[str, tuple[tuple[str, ...], list[Setting]]] = {
 
 def recorded(side: int, device: str) -> list[Call]:
     """The calls of launches.py in a forward and a backward pass on images of this side."""
-    from training.fused import launches
-    from training.fused.network import fuse
+    from tinycnn.kernels import launches
+    from tinycnn.kernels.network import fuse
 
     net = Net().to(device).to(memory_format=torch.channels_last)
     images = torch.empty(128, 3, side, side, device=device).normal_().to(memory_format=torch.channels_last)
@@ -63,13 +63,13 @@ def microseconds(name: str, arguments: tuple[Any, ...]) -> float:
     """The median time of a call."""
     from triton.testing import do_bench_cudagraph
 
-    from training.fused import launches
+    from tinycnn.kernels import launches
     return 1e3 * do_bench_cudagraph(lambda: getattr(launches, name)(*arguments), return_mode="median")
 
 
 def rows(settings: list[str]) -> Iterator[str]:
     """A row for each function, image size and way of the settings; that of launches.py is marked."""
-    from training.fused import launches
+    from tinycnn.kernels import launches
 
     for side in (32, 24):
         calls = recorded(side, "cuda")

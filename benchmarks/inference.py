@@ -4,7 +4,7 @@
                                                               names say vnni, and intel, of such a processor
     python benchmarks/readme.py                               draws benchmarks/results/inference.png from them
 
-All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of inference/export.py.
+All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of tinycnn/inference/export.py.
 Each is a process of its own; they take turns, and medians are compared. Ours has the weights of `best`, seed 0;
 those of the others are random, which costs the same, with BatchNorm statistics from real images; their accuracies are the
 published ones.
@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
+from tinycnn.inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
 
 RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "best" / "seed-0" / "final.safetensors"
@@ -45,10 +45,10 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.peers import peers
-    from images.loading import load_images
-    from inference.classifier import Classifier
-    from inference.export import CALIBRATION_IMAGES, as_int8, as_onnx, calibration_images, fold, quiet
-    from runs.weights import read_weights
+    from tinycnn.data.loading import load_images
+    from tinycnn.inference.classifier import Classifier
+    from tinycnn.inference.export import CALIBRATION_IMAGES, as_int8, as_onnx, calibration_images, fold, quiet
+    from tinycnn.runs.weights import read_weights
 
     images = load_images("cifar10", data_dir)
     np.save(folder / "images.npy", images.test.images[:max(CALLS)])

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.inference import FLOAT32, OURS
-from runs.drawing import BLUE, DPI, ORANGE, spread
+from tinycnn.runs.drawing import BLUE, DPI, ORANGE, spread
 
 LOOKS = {"ours": ("o", BLUE, BLUE, "this network by recipe, trained and measured here (±: standard deviation over seeds)"),
          "published": ("o", ORANGE, "white", "others: latency measured here, accuracy as published"),

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from analysis.receptive_field import convolutions
-from inference.onnx_session import make_session
 from model import Net
-from training.machine import describe_device
+from tinycnn.inference.onnx_session import make_session
+from tinycnn.network.receptive_field import convolutions
+from tinycnn.training.machine import describe_device
 
 CONVOLUTIONS = ("Conv", "FusedConv", "QLinearConv")
 

@@ -11,12 +11,12 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from batches.augmentation import test_policy, train_policy
+from augmentation import test_policy, train_policy
 from config import Config
-from images.dataset import Images
-from images.loading import load_images
 from model import Net
-from training.machine import find_device
+from tinycnn.data.dataset import Images
+from tinycnn.data.loading import load_images
+from tinycnn.training.machine import find_device
 
 WARM_UP = 10  # steps before the clock starts, on a CPU; on a GPU a whole epoch
 # "train", and where it was measured "test", in images per second; of a GPU "once", the seconds that only a first epoch takes

@@ -17,10 +17,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from commands.start import report
 from config import Config, UserError
-from inference.loading import load_trained
-from training.epoch import predict
+from tinycnn.commands.start import report
+from tinycnn.inference.loading import load_trained
+from tinycnn.training.epoch import predict
 
 
 def predicted(arguments: Namespace) -> tuple[Tensor, Tensor]:

@@ -4,15 +4,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from batches.making import Batches, make_batches, make_policies, resolve_batches
 from config import Config, available_cores, net_settings
-from images.dataset import Images
-from images.loading import load_images
 from model import Net
-from training.capture import Step, make_step
-from training.dilated import use_fast_dilated_convs
-from training.machine import find_device, keep_freed_memory, memory_format, seed_torch
-from training.optimizer import make_optimizer
+from tinycnn.data.batches import Batches, make_batches, make_policies, resolve_batches
+from tinycnn.data.dataset import Images
+from tinycnn.data.loading import load_images
+from tinycnn.training.capture import Step, make_step
+from tinycnn.training.dilated import use_fast_dilated_convs
+from tinycnn.training.machine import find_device, keep_freed_memory, memory_format, seed_torch
+from tinycnn.training.optimizer import make_optimizer
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,19 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from analysis.identity import describe_network
-from analysis.receptive_field import convolutions
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, SMALL_CROPS, Config, flag, uncropped_epochs
-from experiments.comparison import make_tables
-from experiments.report import as_text, with_short_teachers
-from experiments.statistics import LEVEL
-from images.dataset import SIDE
-from images.names import plural
+from config import RECIPES, SIDE, SMALL_CROPS, Config, flag, uncropped_epochs
 from model import Net
-from runs.finding import PROGRAM, REFERENCE
-from runs.record import CONFIG, Run, read_run
+from tinycnn.experiments.comparison import make_tables
+from tinycnn.experiments.report import as_text, with_short_teachers
+from tinycnn.experiments.statistics import LEVEL
+from tinycnn.network.identity import describe_network
+from tinycnn.network.receptive_field import convolutions
+from tinycnn.runs.finding import PROGRAM, REFERENCE
+from tinycnn.runs.record import CONFIG, Run, read_run
+from tinycnn.text import plural
 
 RESULTS = PROGRAM / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"

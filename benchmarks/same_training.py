@@ -17,8 +17,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from runs.finding import find_runs
-from runs.record import SUMMARY, Run, read_run
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.record import SUMMARY, Run, read_run
 
 RESULTS = Path(__file__).parent / "results"
 PRINTED = "printed.txt"

@@ -31,7 +31,7 @@ from benchmarks.others import WARM_UP, Measured, timed, usual_script
 from benchmarks.program import make_program
 from config import Config, available_cores
 from model import Net
-from training.epoch import evaluate, train_epoch
+from tinycnn.training.epoch import evaluate, train_epoch
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, TRAIN, TEST = 80, 50_000, 10_000

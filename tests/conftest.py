@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from config import UserError
-from images.synthetic import synthetic as draw_synthetic
-from runs.finding import find_runs
+from tinycnn.data.synthetic import synthetic as draw_synthetic
+from tinycnn.runs.finding import find_runs
 
 ROOT = Path(__file__).parents[1]
 synthetic = functools.cache(draw_synthetic)  # takes a second
@@ -79,7 +79,7 @@ def cifar10() -> Path:
 def run_line(line: list[str]) -> int:
     """Run a command line in this process, without ending it. Returns the exit status."""
     import main
-    from commands import start
+    from tinycnn.commands import start
 
     try:
         arguments = start.parse(line)
@@ -121,9 +121,9 @@ def start_program(*arguments: str, interval: float | None = None, before: str = 
     """Start main.py in a process of its own, with pipes. `interval` replaces the seconds between checkpoints, `before` is
     Python to run first."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main\n"
-    code += "from commands.start import parse_or_exit, run_or_exit\n"
+    code += "from tinycnn.commands.start import parse_or_exit, run_or_exit\n"
     if interval is not None:
-        code += f"from runs import writer; writer.INTERVAL = {interval}\n"
+        code += f"from tinycnn.runs import writer; writer.INTERVAL = {interval}\n"
     code += f"{before}\nif __name__ == '__main__': run_or_exit(parse_or_exit(), main.train)"
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | NO_NETWORK, start_new_session=True)
@@ -146,7 +146,7 @@ def at_epoch(monkeypatch, number: int, action) -> None:
 def edit(monkeypatch, name: str, replacement) -> None:
     """Replace a function of the training procedure wherever it was imported, as an edit of its file would."""
     import main
-    from training import procedure
+    from tinycnn.training import procedure
 
     for module in (main, procedure):
         if hasattr(module, name):
@@ -187,11 +187,11 @@ def weights_of(folder: Path) -> bytes:
 
 def example_record(**changes) -> dict:
     """A config.json of a run of ten classes of drawn images with these settings."""
-    from analysis.identity import describe_network
     from config import Config
     from model import Net
-    from runs.record import make_record
-    from training.procedure import describe_procedure
+    from tinycnn.network.identity import describe_network
+    from tinycnn.runs.record import make_record
+    from tinycnn.training.procedure import describe_procedure
 
     images = synthetic().hold_out(changes.get("validation", 0))
     machine = {"device": "cpu", "instruction_set": "AVX2"}

@@ -8,13 +8,13 @@ import pytest
 from conftest import REFERENCE, at_epoch, figures, one_line, raising, weights_of
 
 from config import Config
-from experiments.differences import effective_settings
-from experiments.sweep import find_matching_run, plan_runs
-from runs.finding import RunState, find_runs
-from runs.record import FINAL, read_run
-from runs.resuming import restore_config
-from runs.weights import read_weights
-from runs.writer import local_places
+from tinycnn.experiments.differences import effective_settings
+from tinycnn.experiments.sweep import find_matching_run, plan_runs
+from tinycnn.runs.finding import RunState, find_runs
+from tinycnn.runs.record import FINAL, read_run
+from tinycnn.runs.resuming import restore_config
+from tinycnn.runs.weights import read_weights
+from tinycnn.runs.writer import local_places
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from analysis.receptive_field import convolutions
 from benchmarks.peers import peers
 from model import Net
+from tinycnn.network.receptive_field import convolutions
 
 # kernel, stride, dilation, output, receptive field: the design's figures, stage by stage
 STAGES = [

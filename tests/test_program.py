@@ -13,18 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import main
-from commands import compare
 from config import Config
-from images.dataset import Images, Split
-from images.folder import image_folder
-from images.loading import load_images
 from model import Net
-from runs.finding import find_runs
-from runs.log import read_log
-from runs.record import read_run
-from training.dilated import FastDilatedConv2d
-from training.metrics import Result
-from training.optimizer import SGD
+from tinycnn.commands import compare
+from tinycnn.data.dataset import Images, Split
+from tinycnn.data.folder import image_folder
+from tinycnn.data.loading import load_images
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.log import read_log
+from tinycnn.runs.record import read_run
+from tinycnn.training.dilated import FastDilatedConv2d
+from tinycnn.training.metrics import Result
+from tinycnn.training.optimizer import SGD
 
 # the learning rates that the design fixes, by epoch
 RATES = {0: "0.010000", 10: "0.009619", 20: "0.008536", 30: "0.006914", 40: "0.005001", 50: "0.003087", 60: "0.001465",
@@ -134,7 +134,7 @@ def test_small_crops_first_then_whole_images_resume_included(run, tmp_path, monk
 
 def test_without_cifar10_auto_is_a_demonstration_with_a_banner(run, tmp_path, monkeypatch):
     real = synthetic()
-    monkeypatch.setattr("images.loading.synthetic", lambda: Images(
+    monkeypatch.setattr("tinycnn.data.loading.synthetic", lambda: Images(
         "synthetic", real.class_names, Split(real.train.images[:64], real.train.labels[:64]),
         Split(real.test.images[:32], real.test.labels[:32]), real.validation))
     monkeypatch.chdir(tmp_path)  # where there is no folder "data"
@@ -239,7 +239,7 @@ def test_closed_outputs_end_no_run(pictures, tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGTERM to catch")
 def test_a_signal_before_the_run_begins_is_one_line_too():
-    code = ("import sys, os, signal; sys.argv = ['main.py', '--epochs', '1']\nfrom commands.start import parse_or_exit\n"
+    code = ("import sys, os, signal; sys.argv = ['main.py', '--epochs', '1']\nfrom tinycnn.commands.start import parse_or_exit\n"
             "parse_or_exit(); os.kill(os.getpid(), signal.SIGTERM); print('still here')")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "stopped by SIGTERM\n")
@@ -320,7 +320,7 @@ def test_into_a_pipe_an_epoch_is_a_line_and_no_slow_import_is_made(pictures, tmp
     process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "2",
                     "--workers", "1", "--threads", "1", "--batch-size", "16", "--device", "cpu", "--no-pictures",
                     before="import urllib.request\n"
-                           "from commands import start\n"
+                           "from tinycnn.commands import start\n"
                            "urllib.request.OpenerDirector.open = lambda *_, **__: print('phoned home')\n"
                            "leave = start._exit\n"
                            "start._exit = lambda status: (print(*sys.modules), leave(status))")
@@ -396,7 +396,7 @@ def test_the_test_images_are_not_augmented(run, monkeypatch):
 
 @pytest.mark.parametrize("change", ["optimizer", "per step"])
 def test_another_optimizer_or_schedule_is_a_few_lines_and_resumes_exactly(run, tmp_path, monkeypatch, change):
-    """What a user would edit in training/optimizer.py or training/schedule.py; the resumed run is the one never interrupted."""
+    """What a user would edit in tinycnn/training/optimizer.py or tinycnn/training/schedule.py; the resumed run is the one never interrupted."""
     if change == "optimizer":
         def adamw(net, config, device):
             return torch.optim.AdamW(net.parameters(), lr=config.lr, weight_decay=config.weight_decay)

@@ -15,18 +15,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_program import RATES
 
-from analysis.identity import describe_network
 from benchmarks import readme
-from commands.parser import parse
 from config import RECIPES, Config, net_settings
-from experiments.differences import effective_settings
-from images.cifar10 import cifar10 as load_cifar10
-from inference.classifier import Classifier
-from inference.export import as_torch, fold, quiet
 from model import Net
-from runs.log import read_log
-from runs.record import read_run
-from runs.weights import find_teachers
+from tinycnn.commands.parser import parse
+from tinycnn.data.cifar10 import cifar10 as load_cifar10
+from tinycnn.experiments.differences import effective_settings
+from tinycnn.inference.classifier import Classifier
+from tinycnn.inference.export import as_torch, fold, quiet
+from tinycnn.network.identity import describe_network
+from tinycnn.runs.log import read_log
+from tinycnn.runs.record import read_run
+from tinycnn.runs.weights import find_teachers
 
 RUNS = readme.OTHERS | readme.TOLD
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in readme.documents()}

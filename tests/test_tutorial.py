@@ -4,7 +4,7 @@ import signal
 
 from conftest import SMALL, at_epoch, one_line, only_run
 
-from runs.record import read_run
+from tinycnn.runs.record import read_run
 
 
 def test_tutorial(command, pictures, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from commands.parser import parse
 from config import RECIPES, SETTINGS, Config, UserError, setting
+from tinycnn.commands.parser import parse
 
 
 def test_help_shows_every_setting_with_its_default_and_loads_no_torch():

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, at_epoch, one_line, only_run, raising
 
-from commands.start import AVX2_VARIABLES, report
 from config import UserError
-from runs.record import read_run
+from tinycnn.commands.start import AVX2_VARIABLES, report
+from tinycnn.runs.record import read_run
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -55,16 +55,16 @@ def test_a_missing_package_is_named():
         import importlib.util, sys
         find, sys.argv = importlib.util.find_spec, ["main.py"]
         importlib.util.find_spec = lambda name, *given: None if name == "scipy" else find(name, *given)
-        from commands.start import parse_or_exit
+        from tinycnn.commands.start import parse_or_exit
         parse_or_exit()""")
     assert done.returncode == 2
     assert "the package scipy is not installed" in one_line(done.stderr)
 
 
 def test_an_older_python_is_named():
-    for name in ("main.py", "commands/start.py", "commands/__init__.py"):
+    for name in ("main.py", "tinycnn/commands/start.py", "tinycnn/commands/__init__.py"):
         ast.parse((ROOT / name).read_text(encoding="utf-8"), feature_version=(3, 8))
-    done = python("import sys; sys.version_info = (3, 10, 0); import commands.start")
+    done = python("import sys; sys.version_info = (3, 10, 0); import tinycnn.commands.start")
     assert done.returncode == 2
     assert "needs Python 3.11 or newer, and this is Python 3.10" in one_line(done.stderr)
 
@@ -75,6 +75,6 @@ def test_an_error_reaches_the_terminal_escaped(capsys):
 
 
 def test_a_bug_has_its_traceback_and_status_1():
-    done = python("import sys; sys.argv = ['main.py']; from commands.start import parse_or_exit; parse_or_exit(); 1 / 0")
+    done = python("import sys; sys.argv = ['main.py']; from tinycnn.commands.start import parse_or_exit; parse_or_exit(); 1 / 0")
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr

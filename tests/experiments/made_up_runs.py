@@ -7,11 +7,11 @@ from pathlib import Path
 
 from conftest import REFERENCE
 
-from experiments.comparison import SettingGroup, Table, make_tables, read_finished
-from runs.files import make_run_folder
-from runs.finding import find_runs, next_number
-from runs.log import ACCURACY_LOG, FORMATS, table
-from runs.record import CONFIG, SUMMARY, as_json, read_run, summarize
+from tinycnn.experiments.comparison import SettingGroup, Table, make_tables, read_finished
+from tinycnn.runs.files import make_run_folder
+from tinycnn.runs.finding import find_runs, next_number
+from tinycnn.runs.log import ACCURACY_LOG, FORMATS, table
+from tinycnn.runs.record import CONFIG, SUMMARY, as_json, read_run, summarize
 
 NOISE = (0.1, -0.2, 0.1)
 

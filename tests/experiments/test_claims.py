@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from experiments.claims import claim, remove_stale_claims
-from images.leftovers import DAY
+from tinycnn.data.leftovers import DAY
+from tinycnn.experiments.claims import claim, remove_stale_claims
 
 HOLD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from experiments.claims import claim
+from tinycnn.experiments.claims import claim
 with claim(Path(sys.argv[1]), "run") as is_ours:
     print(is_ours, flush=True)
     sys.stdin.read()
@@ -86,7 +86,7 @@ def test_claiming_anew_makes_an_old_file_young(tmp_path):
 
 def test_a_claim_on_a_file_that_was_just_removed_is_none(tmp_path, monkeypatch):
     """Between its opening and its locking another process removed it, and a third one made a new file of that name."""
-    from experiments import claims
+    from tinycnn.experiments import claims
 
     lock_file, removed = claims.lock_file, []
 

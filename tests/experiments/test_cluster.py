@@ -16,16 +16,16 @@ from pathlib import Path
 import pytest
 from conftest import REFERENCE, SMALL, one_line, start_program, weights_of
 
-from commands.parser import parse
 from config import UserError
-from experiments import cluster
-from experiments.cluster import Marker, train_run
-from experiments.sweep import Outcome, plan_runs
-from images.loading import load_images
-from runs.finding import RunState, find_runs, run_state
-from runs.record import read_record, read_run
-from runs.resuming import lock_run
-from training.errors import Diverged
+from tinycnn.commands.parser import parse
+from tinycnn.data.loading import load_images
+from tinycnn.experiments import cluster
+from tinycnn.experiments.cluster import Marker, train_run
+from tinycnn.experiments.sweep import Outcome, plan_runs
+from tinycnn.runs.finding import RunState, find_runs, run_state
+from tinycnn.runs.record import read_record, read_run
+from tinycnn.runs.resuming import lock_run
+from tinycnn.training.errors import Diverged
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # before Ray is imported
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None or sys.platform == "win32",
@@ -163,7 +163,7 @@ def test_what_goes_wrong_in_a_run_is_its_own(planned, monkeypatch, error, outcom
 
 def test_a_worker_needs_neither_images_nor_teachers_files(line, monkeypatch):
     import main
-    from runs.weights import find_teachers
+    from tinycnn.runs.weights import find_teachers
 
     plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)[0]
     config = plan[0].config
@@ -316,8 +316,8 @@ def test_ray_that_is_started_here_listens_on_the_loopback_interface(line):
 
 def test_status_1_names_what_failed(line, command, monkeypatch):
     plan = plan_runs(parse(line("--seeds", "2")).configs)[0]
-    monkeypatch.setattr("commands.sweep.make_runs_on_ray", lambda *_: (plan, [Outcome.FAILED, Outcome.ELSEWHERE]))
-    monkeypatch.setattr("commands.sweep.compare.run", lambda *_: None)
+    monkeypatch.setattr("tinycnn.commands.sweep.make_runs_on_ray", lambda *_: (plan, [Outcome.FAILED, Outcome.ELSEWHERE]))
+    monkeypatch.setattr("tinycnn.commands.sweep.compare.run", lambda *_: None)
     status, out, _ = command(*line("--seeds", "2", "--on", "ray"))
     assert status == 1
     assert "1 failed (seed 0)" in out

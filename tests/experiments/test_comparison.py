@@ -14,13 +14,13 @@ from conftest import REFERENCE, one_line
 from made_up_runs import NOISE, compared, group_of, make_finished
 from scipy import stats
 
-from experiments.comparison import SettingGroup, Table, compare_groups, make_tables, read_finished
-from experiments.differences import COMMITTED_PROCEDURE, effective_settings
-from experiments.report import as_csv, as_text
-from runs.files import write
-from runs.finding import find_runs
-from runs.log import ACCURACY_LOG
-from runs.record import CONFIG, SUMMARY, as_json, read_run
+from tinycnn.experiments.comparison import SettingGroup, Table, compare_groups, make_tables, read_finished
+from tinycnn.experiments.differences import COMMITTED_PROCEDURE, effective_settings
+from tinycnn.experiments.report import as_csv, as_text
+from tinycnn.runs.files import write
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.log import ACCURACY_LOG
+from tinycnn.runs.record import CONFIG, SUMMARY, as_json, read_run
 
 IDENTITY = "0123456789abcdef"
 
@@ -407,7 +407,7 @@ def test_a_name_that_several_runs_have_stands_for_all_of_them(make, tmp_path, co
 
 
 def test_the_picture_is_that_of_the_table_with_the_newest_run(make, tmp_path, command, monkeypatch):
-    from commands import compare
+    from tinycnn.commands import compare
 
     drawn = []
     monkeypatch.setattr(compare, "draw_experiments", lambda table, path: drawn.append((table.dataset.split(",")[0], path)))

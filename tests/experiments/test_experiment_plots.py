@@ -10,7 +10,7 @@ from matplotlib.collections import PathCollection
 from matplotlib.text import Text
 from PIL import Image
 
-from experiments.plots import draw_experiments
+from tinycnn.experiments.plots import draw_experiments
 
 
 @dataclass

@@ -9,7 +9,7 @@ import pytest
 from conftest import REFERENCE, one_line
 from made_up_runs import NOISE, compared, make_finished
 
-from experiments.report import as_csv, as_text
+from tinycnn.experiments.report import as_csv, as_text
 
 
 @pytest.fixture

@@ -11,12 +11,13 @@ import albumentations as A
 import pytest
 from conftest import REFERENCE, SMALL, at_epoch, figures, one_line, raising, start_program, synthetic, weights_of
 
-from analysis.identity import describe_network
-from batches import making
-from commands.parser import parse
 from config import Config, UserError
-from experiments import sweep as sweep_module
-from experiments.sweep import (
+from model import Net
+from tinycnn.commands.parser import parse
+from tinycnn.data import batches as making
+from tinycnn.data.leftovers import DAY
+from tinycnn.experiments import sweep as sweep_module
+from tinycnn.experiments.sweep import (
     Outcome,
     PlannedRun,
     find_matching_run,
@@ -25,14 +26,13 @@ from experiments.sweep import (
     make_runs_here,
     plan_runs,
 )
-from images.leftovers import DAY
-from model import Net
-from runs.files import lock_file, make_run_folder
-from runs.finding import RunState, find_runs
-from runs.record import CONFIG, as_json, read_record, read_run
-from runs.resuming import LOCK
-from runs.weights import read_weights
-from training.errors import Diverged
+from tinycnn.network.identity import describe_network
+from tinycnn.runs.files import lock_file, make_run_folder
+from tinycnn.runs.finding import RunState, find_runs
+from tinycnn.runs.record import CONFIG, as_json, read_record, read_run
+from tinycnn.runs.resuming import LOCK
+from tinycnn.runs.weights import read_weights
+from tinycnn.training.errors import Diverged
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_a_log_folder_that_is_a_runs_is_refused_before_the_images_are_loaded(con
 def test_a_run_that_another_sweep_holds_is_skipped(configs, tmp_path, monkeypatch, capsys):
     plan = planned_runs(configs("--seeds", "2"))
     held = plan[0].key
-    monkeypatch.setattr("experiments.claims.lock_file",  # a process's own locks don't keep it out
+    monkeypatch.setattr("tinycnn.experiments.claims.lock_file",  # a process's own locks don't keep it out
                         lambda path: None if held in path.name else lock_file(path))
     trained: list[Config] = []
     outcomes = make_runs_here(plan, lambda config: trained.append(config))
@@ -331,7 +331,7 @@ def test_a_run_that_diverges_does_not_end_the_sweep(sweep, tmp_path):
 
 
 def test_a_run_elsewhere_is_told_at_the_end(sweep, configs, monkeypatch):
-    from experiments import claims
+    from tinycnn.experiments import claims
 
     monkeypatch.setattr(claims, "lock_file", lambda path: None)
     status, out, _ = sweep("--epochs", "1", "--seeds", "2")
@@ -364,8 +364,8 @@ def test_two_sweeps_at_once_train_no_run_twice(sweep, pictures, tmp_path):
 
 def test_a_demonstration_can_be_swept_and_repeated(command, tmp_path, monkeypatch):
     import main
-    from images import loading
-    from images.dataset import Split
+    from tinycnn.data import loading
+    from tinycnn.data.dataset import Split
 
     whole = synthetic()
     train, test = (Split(split.images[:32], split.labels[:32]) for split in (whole.train, whole.test))

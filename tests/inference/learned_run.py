@@ -12,7 +12,7 @@ from conftest import SMALL, run_line, write_folder
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from runs.weights import save_weights
+from tinycnn.runs.weights import save_weights
 
 CHANCE = 100 / 3  # percent of the test images, of which each of three classes has as many
 FOLDER = tempfile.TemporaryDirectory()

@@ -10,8 +10,8 @@ from learned_run import CHANCE, copy_learned_run
 from torch import nn
 
 from benchmarks import paired_images
-from inference.evaluation import evaluate_predictions, expected_calibration_error, report_evaluation
-from runs.record import read_run
+from tinycnn.inference.evaluation import evaluate_predictions, expected_calibration_error, report_evaluation
+from tinycnn.runs.record import read_run
 
 
 def test_the_command_gives_the_figures_of_the_log(command, tmp_path):

@@ -12,11 +12,11 @@ from learned_run import CHANCE, copy_learned_run, learned_run, rewrite_metadata
 from torch import nn
 
 from config import UserError
-from images.dataset import Split
-from images.loading import load_images
-from inference import export
-from inference.classifier import Classifier
-from runs.weights import Weights, read_weights
+from tinycnn.data.dataset import Split
+from tinycnn.data.loading import load_images
+from tinycnn.inference import export
+from tinycnn.inference.classifier import Classifier
+from tinycnn.runs.weights import Weights, read_weights
 
 onnx = pytest.importorskip("onnx", reason="requirements-test.txt is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="requirements-test.txt is not installed")
@@ -219,8 +219,8 @@ def test_a_full_disk_leaves_nothing(exported, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("commands.export.export_network", lambda *arguments: (b"content", ""))
-    monkeypatch.setattr("runs.files.os.fsync", full)
+    monkeypatch.setattr("tinycnn.commands.export.export_network", lambda *arguments: (b"content", ""))
+    monkeypatch.setattr("tinycnn.runs.files.os.fsync", full)
     status, _, err, path = exported("torch")
     assert status == 2
     assert "model.pt2 could not be written (No space left on device): make room" in one_line(err)

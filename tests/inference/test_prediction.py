@@ -12,15 +12,15 @@ from PIL import EpsImagePlugin, Image
 from safetensors.torch import load_file
 from torch import nn
 
-from batches.augmentation import test_policy as make_test_policy
-from commands import predict
+from augmentation import test_policy as make_test_policy
 from config import UserError
-from images.decoding import decode
-from inference import prediction
-from inference.classifier import Classifier
-from inference.prediction import FORMATS, as_json, as_text, image_files, predict_files
 from model import Net
-from runs.weights import read_weights
+from tinycnn.commands import predict
+from tinycnn.data.decoding import decode
+from tinycnn.inference import prediction
+from tinycnn.inference.classifier import Classifier
+from tinycnn.inference.prediction import FORMATS, as_json, as_text, image_files, predict_files
+from tinycnn.runs.weights import read_weights
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import UserError
-from images.loading import load_images
-from inference.loading import load_trained
-from inference.network import build_trained_net, load_net_class
 from model import Net
-from runs.weights import read_weights, save_weights
-from runs.writer import MODEL_SOURCE
+from tinycnn.data.loading import load_images
+from tinycnn.inference.loading import load_trained
+from tinycnn.inference.network import build_trained_net, load_net_class
+from tinycnn.runs.weights import read_weights, save_weights
+from tinycnn.runs.writer import MODEL_SOURCE
 
 PLAIN = (ROOT / "model.py").read_text()
 OTHER = PLAIN.replace("nn.ReLU(),", "nn.LeakyReLU(0.5),")  # the same parameters, other results
@@ -86,7 +86,7 @@ def test_another_network_is_told_and_that_of_the_run_used_where_named(command, t
     for verb in ("test", "predict", "export", "plot"):
         line = [verb, *([image, "--run"] if verb == "predict" else []), folder]
         with monkeypatch.context() as context:
-            context.setattr("inference.network.Net", load_net_class(tmp_path_model(tmp_path, OTHER)))
+            context.setattr("tinycnn.inference.network.Net", load_net_class(tmp_path_model(tmp_path, OTHER)))
             status, out, err = command(*line)
             assert (status, out) == (2, ""), verb
             assert (f"{folder / 'final.safetensors'} holds weights of another network than that of model.py: that of the run "
@@ -102,7 +102,7 @@ def test_another_network_is_told_and_that_of_the_run_used_where_named(command, t
 def test_the_committed_runs_share_their_model(command, tmp_path, monkeypatch):
     image, own, block = learned_run() / "pictures" / "test" / "disc" / "0.png", REFERENCE / "model.py", "separable(c128, c128),"
     edited = tmp_path_model(tmp_path, own.read_text().replace(block, 2 * block))
-    monkeypatch.setattr("inference.network.Net", load_net_class(edited))
+    monkeypatch.setattr("tinycnn.inference.network.Net", load_net_class(edited))
     for folder in (REFERENCE, REFERENCE / "best" / "seed-0"):
         status, _, err = command("predict", image, "--run", folder)
         assert status == 2

@@ -5,7 +5,7 @@ import os
 import pytest
 from matplotlib.font_manager import fontManager, get_font
 
-from runs.drawing import label, spread
+from tinycnn.runs.drawing import label, spread
 
 
 def test_a_label_is_the_name_as_it_can_be_drawn():

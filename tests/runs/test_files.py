@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from config import UserError
-from runs import files
-from runs.files import lock_file, make_run_folder, remove_run_leftovers, write
+from tinycnn.runs import files
+from tinycnn.runs.files import lock_file, make_run_folder, remove_run_leftovers, write
 
 
 def test_two_runs_of_one_second_get_two_folders(tmp_path):
@@ -75,7 +75,7 @@ def test_the_files_of_a_new_run_reach_the_disk(tmp_path, monkeypatch):
 
 
 def test_a_lock_is_one_processs(tmp_path):
-    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom runs.files import lock_file\n"
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom tinycnn.runs.files import lock_file\n"
             f"lock = lock_file(Path({str(tmp_path / 'lock')!r}))\nprint(lock is not None, flush=True)\nsys.stdin.read()")
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "True\n"

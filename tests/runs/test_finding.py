@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from runs.files import write
-from runs.finding import (
+from tinycnn.runs.files import write
+from tinycnn.runs.finding import (
     REFERENCE,
     RunState,
     find_finished,
@@ -17,7 +17,7 @@ from runs.finding import (
     refuse_run_folder,
     run_state,
 )
-from runs.record import as_json
+from tinycnn.runs.record import as_json
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from conftest import example_record, example_row
 
 from config import Config, UserError
-from runs.files import make_run_folder
-from runs.log import FORMATS, AccuracyLog, comments, read_log, table
-from runs.record import read_record
-from runs.writer import start_run
+from tinycnn.runs.files import make_run_folder
+from tinycnn.runs.log import FORMATS, AccuracyLog, comments, read_log, table
+from tinycnn.runs.record import read_record
+from tinycnn.runs.writer import start_run
 
 
 def row(epoch: int) -> dict[str, float]:

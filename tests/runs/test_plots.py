@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from batches.augmentation import train_policy
+from augmentation import train_policy
 from config import Config, UserError
-from images.dataset import Images, Split
-from runs import files, plots
-from runs.record import Run, read_run
+from tinycnn.data.dataset import Images, Split
+from tinycnn.runs import files, plots
+from tinycnn.runs.record import Run, read_run
 
 NAMES = {"accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png"}
 STAGES = {"first": 3, "second": 7, "third": 31, "last": 79}

@@ -8,9 +8,9 @@ import pytest
 from conftest import REFERENCE, ROOT, example_record, example_row
 
 from config import UserError
-from runs.files import make_run_folder, write
-from runs.log import AccuracyLog, comments
-from runs.record import as_json, read_record, read_run, summarize
+from tinycnn.runs.files import make_run_folder, write
+from tinycnn.runs.log import AccuracyLog, comments
+from tinycnn.runs.record import as_json, read_record, read_run, summarize
 
 
 @pytest.fixture

@@ -38,16 +38,16 @@ from safetensors.torch import load_file
 
 import main
 from config import SETTINGS, Config, UserError, flag
-from images.leftovers import DAY
-from inference import network
 from model import Net
-from runs import checkpoint, resuming, weights, writer
-from runs.checkpoint import copy_state, make_state, pack, read_newest, unpack
-from runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, run_state
-from runs.record import read_run
-from runs.resuming import load_unfinished
-from training.errors import StopRequested, as_user_errors, stop_on_signals
-from training.metrics import Metrics
+from tinycnn.data.leftovers import DAY
+from tinycnn.inference import network
+from tinycnn.runs import checkpoint, resuming, weights, writer
+from tinycnn.runs.checkpoint import copy_state, make_state, pack, read_newest, unpack
+from tinycnn.runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, RunState, find_runs, run_state
+from tinycnn.runs.record import read_run
+from tinycnn.runs.resuming import load_unfinished
+from tinycnn.training.errors import StopRequested, as_user_errors, stop_on_signals
+from tinycnn.training.metrics import Metrics
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_a_run_does_not_go_on_with_another_procedure(run, tmp_path, stop_in_epoc
     run("--epochs", "4", "--dropout", "0.2")
     for name, replacement, words in (
             ("make_policies", lambda *_: {"train": A.Compose([A.Sharpen(p=1)])}, "another augmentation: undo the edits made "
-                                                                                  "since in batches/augmentation.py,"),
+                                                                                  "since in augmentation.py,"),
             ("make_optimizer", lambda net, *_: torch.optim.Adam(net.parameters()), "another training step: undo"),
             ("Net", Zeroed, "another initialization: undo the edits made since in model.py,")):
         with monkeypatch.context() as patch:
@@ -255,7 +255,7 @@ def test_the_model_file_of_a_run_is_the_one_that_was_imported(tmp_path, monkeypa
 def test_a_new_run_is_locked_while_it_trains(run, tmp_path, monkeypatch):
     seen = []
     at_epoch(monkeypatch, 0, lambda: seen.append(subprocess.run(
-        [sys.executable, "-c", "import sys; from pathlib import Path; from runs.files import lock_file\n"
+        [sys.executable, "-c", "import sys; from pathlib import Path; from tinycnn.runs.files import lock_file\n"
          "print(lock_file(Path(sys.argv[1])) is None)", only_run(tmp_path) / ".lock"], cwd=ROOT, capture_output=True,
         text=True).stdout))
     assert run("--epochs", "1")[0] == 0
@@ -734,7 +734,7 @@ def test_a_signal_ends_the_run_with_everything_saved(pictures, tmp_path, number,
 
 def test_a_second_signal_ends_it_at_once(pictures, tmp_path):
     process = start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path), "--epochs", "9",
-                            *SMALL, before="from runs.writer import RunWriter; import time\n"
+                            *SMALL, before="from tinycnn.runs.writer import RunWriter; import time\n"
                            "RunWriter._rescue = lambda *_: (print('rescuing', flush=True), time.sleep(600))")
     wait_for_epoch(process, 0)
     process.send_signal(signal.SIGTERM)

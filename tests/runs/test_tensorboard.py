@@ -5,9 +5,9 @@ import sys
 import pytest
 from conftest import at_epoch, one_line, only_run, raising
 
-from runs.finding import find_runs
-from runs.record import read_run
-from runs.tensorboard import event_writer, write_events
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.record import read_run
+from tinycnn.runs.tensorboard import event_writer, write_events
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
                                   reason="requirements-test.txt is not installed")

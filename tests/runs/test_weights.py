@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import REFERENCE, example_record, synthetic
 
-from analysis.identity import network_identity
 from config import Config, UserError
 from model import Net
-from runs.weights import find_teachers, read_weights, save_weights
+from tinycnn.network.identity import network_identity
+from tinycnn.runs.weights import find_teachers, read_weights, save_weights
 
 METADATA = {"class_names": ["a", "b"], "mean": [0.5] * 3, "standard_deviation": [0.25] * 3, "images": "0" * 64,
             "network": network_identity(Net(2)), "config": {"dropout": 0.0, "width": 1}}
@@ -91,7 +91,7 @@ def test_weights_of_another_network_with_the_same_shapes_are_refused(monkeypatch
 
     weights = read_weights(REFERENCE / "best" / "seed-0" / "final.safetensors")
     weights.build_net()
-    monkeypatch.setattr("runs.weights.Net", Negated)
+    monkeypatch.setattr("tinycnn.runs.weights.Net", Negated)
     with pytest.raises(UserError, match=r"holds weights of another network than that of model\.py: name a run"):
         weights.build_net()
 

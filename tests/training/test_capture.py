@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from config import Config
 from model import Net
-from runs.record import read_record
-from training import capture
-from training.capture import CapturedStep, make_step
-from training.epoch import train_epoch
-from training.errors import StopRequested
-from training.optimizer import SGD
-from training.step import TrainStep
+from tinycnn.runs.record import read_record
+from tinycnn.training import capture
+from tinycnn.training.capture import CapturedStep, make_step
+from tinycnn.training.epoch import train_epoch
+from tinycnn.training.errors import StopRequested
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.step import TrainStep
 
 
 def make_inner_step(device: torch.device, bias: bool = False) -> TrainStep:

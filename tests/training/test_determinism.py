@@ -8,10 +8,10 @@ from tqdm import tqdm
 
 from config import Config
 from model import Net
-from training.distillation import Distillation
-from training.epoch import evaluate, train_epoch
-from training.optimizer import SGD
-from training.step import TrainStep
+from tinycnn.training.distillation import Distillation
+from tinycnn.training.epoch import evaluate, train_epoch
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.step import TrainStep
 
 # Each thread writes a place of its own. Names without their underscores
 ELEMENTWISE = """to_copy copy clone cat stack flip where arange eye zeros zeros_like ones_like fill zero scalar_tensor

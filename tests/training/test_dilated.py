@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from model import Net
-from training.dilated import FastDilatedConv2d, use_fast_dilated_convs
+from tinycnn.training.dilated import FastDilatedConv2d, use_fast_dilated_convs
 
 CPU = torch.device("cpu")
 

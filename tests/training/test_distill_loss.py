@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.capture import CapturedStep
-from training.distillation import Distillation
-from training.step import TrainStep
+from tinycnn.training.capture import CapturedStep
+from tinycnn.training.distillation import Distillation
+from tinycnn.training.step import TrainStep
 
 CPU = torch.device("cpu")
 

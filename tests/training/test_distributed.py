@@ -18,16 +18,16 @@ from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, run_l
 from torch import nn
 from tqdm import tqdm
 
-from batches.making import make_batches, make_policies
 from config import Config, UserError
-from images.dataset import Images
-from images.synthetic import draw
-from runs.finding import RunState, find_runs, run_state
-from runs.record import read_run
-from training.distributed import ALONE, Processes, batch_sizes, join_processes, synchronize_norms
-from training.epoch import evaluate, train_epoch
-from training.machine import seed_torch
-from training.step import TrainStep
+from tinycnn.data.batches import make_batches, make_policies
+from tinycnn.data.dataset import Images
+from tinycnn.data.synthetic import draw
+from tinycnn.runs.finding import RunState, find_runs, run_state
+from tinycnn.runs.record import read_run
+from tinycnn.training.distributed import ALONE, Processes, batch_sizes, join_processes, synchronize_norms
+from tinycnn.training.epoch import evaluate, train_epoch
+from tinycnn.training.machine import seed_torch
+from tinycnn.training.step import TrainStep
 
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PROCESSES = multiprocessing.get_context(METHOD)
@@ -403,8 +403,8 @@ import torch.distributed as dist
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 dist.rendezvous = lambda *_, **__: iter([(dist.FileStore({store!r} + attempt, 2), int(os.environ["RANK"]), 2)])
 import main
-from runs import writer
-from commands.start import parse_or_exit, run_or_exit
+from tinycnn.runs import writer
+from tinycnn.commands.start import parse_or_exit, run_or_exit
 writer.INTERVAL = 0
 train_epoch, epochs = main.train_epoch, iter(range(100))
 def acting(*arguments):

@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from config import UserError
 from model import Net
-from training import epoch
-from training.epoch import check_output, evaluate, predict, train_epoch
-from training.errors import Diverged
-from training.metrics import Metrics, Result
-from training.step import TrainStep, counting_batches_together
+from tinycnn.training import epoch
+from tinycnn.training.epoch import check_output, evaluate, predict, train_epoch
+from tinycnn.training.errors import Diverged
+from tinycnn.training.metrics import Metrics, Result
+from tinycnn.training.step import TrainStep, counting_batches_together
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT
 
 from config import UserError
-from training.errors import StopRequested, as_user_errors, stop_on_signals
+from tinycnn.training.errors import StopRequested, as_user_errors, stop_on_signals
 
 HANGUP = getattr(signal, "SIGHUP", None)
 SIGNALS = [each for each in (signal.SIGINT, signal.SIGTERM, HANGUP) if each]
@@ -75,5 +75,5 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
 
 
 def test_errors_are_shown_before_torch_is_loaded():
-    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import training.errors; sys.exit('torch' in sys.modules)"
+    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tinycnn.training.errors; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0

@@ -10,19 +10,19 @@ from fake_cuda import CUDA, Launches, fake_cuda, second_streams, to_fake_cuda
 from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm import tqdm
 
-from batches import device_batches
-from batches.augmentation import test_policy as normalization
-from batches.augmentation import train_policy
-from batches.device_batches import DeviceBatches
+from augmentation import test_policy as normalization
+from augmentation import train_policy
 from config import Config
-from images.dataset import Split
 from model import Net
-from training import capture
-from training.capture import CapturedStep, make_step
-from training.distillation import Distillation
-from training.epoch import evaluate, predict, train_epoch
-from training.metrics import Metrics
-from training.optimizer import SGD
+from tinycnn.data import device_batches
+from tinycnn.data.dataset import Split
+from tinycnn.data.device_batches import DeviceBatches
+from tinycnn.training import capture
+from tinycnn.training.capture import CapturedStep, make_step
+from tinycnn.training.distillation import Distillation
+from tinycnn.training.epoch import evaluate, predict, train_epoch
+from tinycnn.training.metrics import Metrics
+from tinycnn.training.optimizer import SGD
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),
@@ -189,7 +189,7 @@ def test_an_epochs_augmentation_launches_no_more_than_it_needs(changes, kernels,
 def test_an_epochs_augmentation_in_one_kernel(monkeypatch):
     """One for each part of the epoch, beside the steps; besides, PyTorch launches what makes parameters of random numbers."""
     triton = pytest.importorskip("triton")
-    from batches.fused_policy import FusedPolicy
+    from tinycnn.kernels.policy import FusedPolicy
 
     ran = []
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: ran.append(streams.current))

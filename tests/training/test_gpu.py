@@ -8,21 +8,21 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from batches import device_batches as device_batches_module
-from batches.augmentation import test_policy as normalization
-from batches.augmentation import train_policy
-from batches.device_batches import DeviceBatches
+from augmentation import test_policy as normalization
+from augmentation import train_policy
 from config import Config
-from images.dataset import Split
 from model import Net
-from runs.finding import find_runs
-from runs.record import read_run
-from training import machine
-from training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step
-from training.epoch import evaluate, train_epoch
-from training.metrics import Metrics
-from training.optimizer import SGD
-from training.step import TrainStep
+from tinycnn.data import device_batches as device_batches_module
+from tinycnn.data.dataset import Split
+from tinycnn.data.device_batches import DeviceBatches
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.record import read_run
+from tinycnn.training import machine
+from tinycnn.training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step
+from tinycnn.training.epoch import evaluate, train_epoch
+from tinycnn.training.metrics import Metrics
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.step import TrainStep
 
 pytestmark = pytest.mark.gpu
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -238,7 +238,7 @@ def test_auto_captures_where_training_could_go_on_after_a_failed_capture():
 
 def test_a_gpu_without_bfloat16_trains_in_contiguous_float32(monkeypatch):
     monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr("training.step.has_bfloat16", lambda device: False)
+    monkeypatch.setattr("tinycnn.training.step.has_bfloat16", lambda device: False)
     net = Net().to(CUDA, memory_format=machine.memory_format(CUDA))
     assert all(parameter.is_contiguous() for parameter in net.parameters())
     optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)

@@ -9,8 +9,8 @@ import torch
 from conftest import ROOT
 
 from config import Config
-from training import machine
-from training.machine import find_device, instruction_set, memory_format, seed_torch, set_determinism
+from tinycnn.training import machine
+from tinycnn.training.machine import find_device, instruction_set, memory_format, seed_torch, set_determinism
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -40,7 +40,7 @@ def test_auto_prefers_cuda(monkeypatch):
 @pytest.mark.skipif("torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512')", reason="has no AVX2")
 def test_the_instruction_set_is_what_is_really_used():
     assert instruction_set() in ("AVX2", "AVX512")
-    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from training.machine import *; print(instruction_set())"
+    check = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tinycnn.training.machine import *; print(instruction_set())"
     capped = subprocess.run([sys.executable, "-c", check], env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, text=True,
                             capture_output=True, check=True)
     assert capped.stdout.strip() == "AVX2"

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training.optimizer import SGD
+from tinycnn.training.optimizer import SGD
 
 
 def trained(kind: type, settings: dict) -> tuple[list[torch.Tensor], dict]:

@@ -13,15 +13,16 @@ import torch
 from conftest import ROOT, edit
 from torch import nn
 
-from batches import augmentation, making
+import augmentation
 from config import MACHINE_SETTINGS, Config
-from experiments.differences import COMMITTED_PROCEDURE
 from model import Net
-from training import procedure
-from training.distributed import Processes
-from training.optimizer import SGD
-from training.procedure import PROBE, describe_procedure
-from training.step import TrainStep
+from tinycnn.data import batches as making
+from tinycnn.experiments.differences import COMMITTED_PROCEDURE
+from tinycnn.training import procedure
+from tinycnn.training.distributed import Processes
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.procedure import PROBE, describe_procedure
+from tinycnn.training.step import TrainStep
 
 # settings that have no effect on these parts: the images, the network, and which random numbers are drawn
 ELSEWHERE = {"batch_size", "validation", "seed", "teacher", "width", "dropout"}
@@ -115,7 +116,7 @@ def test_a_policy_that_cannot_be_described_counts_by_the_file_as_it_was_imported
     monkeypatch.setattr(making, "train_policy", lambda *_: A.Compose([A.Lambda(image=lambda image, **_: image)]))
     before = describe_procedure()
     assert changed() == {"augmentation"}
-    monkeypatch.setitem(procedure.SOURCES, "batches/augmentation.py", "edited")
+    monkeypatch.setitem(procedure.SOURCES, "augmentation.py", "edited")
     assert describe_procedure()["augmentation"] != before["augmentation"]
 
 
@@ -262,5 +263,5 @@ def test_a_step_that_needs_more_than_the_probe_counts_by_its_source(monkeypatch)
     monkeypatch.setattr(TrainStep, "__call__", wants_images_of_32_pixels)
     before = describe_procedure()
     assert changed() == {"training step"}
-    monkeypatch.setitem(procedure.SOURCES, "training/step.py", "edited")
+    monkeypatch.setitem(procedure.SOURCES, "tinycnn/training/step.py", "edited")
     assert describe_procedure()["training step"] != before["training step"]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from config import Config
-from training.schedule import learning_rate, policy_name
+from tinycnn.training.schedule import learning_rate, policy_name
 
 PUBLISHED = {0: 0.010000, 10: 0.009619, 20: 0.008536, 30: 0.006914, 40: 0.005001, 50: 0.003087, 60: 0.001465, 70: 0.000382,
              79: 0.000005}

@@ -1,0 +1,33 @@
+"""torch_summary.log."""
+
+import torch
+from conftest import REFERENCE
+from torch import nn
+
+from model import Net
+from tinycnn.network.summary import torch_summary
+
+
+def test_the_summary_is_the_committed_one():
+    text = torch_summary(Net(), "cpu (AMD EPYC)")
+    assert text.splitlines()[1:] == (REFERENCE / "torch_summary.log").read_text().splitlines()[1:]
+    assert text.startswith("device: cpu (AMD EPYC)\n")
+
+
+def test_an_unknown_receptive_field_has_its_reason_below_the_table():
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Upsample(scale_factor=2), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1))
+    table, reasons = torch_summary(net, "cpu").split("Multiply-adds\n")[1].split("?: ", 1)
+    assert [line.split()[-2] for line in table.splitlines()] == ["3", "?", "?"]
+    assert reasons == "1 is a Upsample, whose receptive field is not known\n"
+
+
+def test_a_summary_leaves_the_network_and_the_random_generator_as_they_were():
+    net = Net().train()
+    weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    torch_summary(net, "cpu")
+    assert net.training
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in net.state_dict().items())
+    net = Net()
+    before = torch.get_rng_state()
+    torch_summary(net, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
