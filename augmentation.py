@@ -1,6 +1,8 @@
-"""The Albumentations policies of training and test images."""
+"""The Albumentations policies of training and test images: edit them to change the augmentation.
 
-from dataclasses import replace
+Transforms that docs/augmentation.md names run on whole batches; with any other, worker processes augment
+image by image, and the program says so.
+"""
 
 import albumentations as A
 import cv2
@@ -8,17 +10,18 @@ import cv2
 from config import SIDE, Config
 
 
-def train_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
-    """Augmentation and normalization: uint8 32 x 32 x 3 to float32 S x S x 3, with S the config's `crop_size`. Transforms whose
-    probability or size is 0 are left out.
+def train_policy(config: Config, epoch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
+    """The augmentation and normalization of an epoch: uint8 32 x 32 x 3 to float32 S x S x 3, with S the config's `crop_size`,
+    or 32 in the last epochs, which have whole images. `mean` and `std` are each channel's, as fractions of 255. Transforms
+    whose probability or size is 0 are left out.
 
-    `mean` and `std` are each channel's, as fractions of 255. `Affine` stands in for the deprecated ShiftScaleRotate, with its
-    ranges and its border. It shifts by whole pixels, rounded towards zero: 3/32 of the side is at most two pixels, which older
-    releases reached, in fractions of pixels, with 2/32.
+    `Affine` stands in for the deprecated ShiftScaleRotate, with its ranges and its border. It shifts by whole pixels, rounded
+    towards zero, so 3/32 of the side reaches two pixels. Older releases shifted by fractions of a pixel.
     """
-    side, padded = config.crop_size, SIDE + 2 * config.crop_padding
-    size = (min(config.coarse_dropout_size, side),) * 2
-    pad = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101)] if config.crop_padding else []
+    crops = epoch < config.epochs - round(config.whole_images_share * config.epochs)
+    side, padding = (config.crop_size, config.crop_padding) if crops else (SIDE, 0)
+    padded, hole = SIDE + 2 * padding, min(config.coarse_dropout_size, side)
+    pad = [A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101)] if padding else []
     crop = [A.RandomCrop(side, side)] if side < padded else []
     transforms = [
         A.HorizontalFlip(p=config.flip_p),
@@ -26,18 +29,13 @@ def train_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]
                  keep_ratio=True, rotate=(-config.rotate, config.rotate), border_mode=cv2.BORDER_REFLECT_101,
                  p=config.affine_p),
         *pad, *crop,
-        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=size, hole_width_range=size,
+        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(hole, hole), hole_width_range=(hole, hole),
                         fill=tuple(round(255 * channel) for channel in mean), p=config.coarse_dropout_p),
         A.Normalize(mean, std),
     ]
     return A.Compose([transform for transform in transforms if transform.p > 0])
 
 
-def uncropped_policy(config: Config, mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
-    """As train_policy, without a crop: the images of the last epochs, as large as those of a test."""
-    return train_policy(replace(config, crop_padding=0, crop_size=SIDE), mean, std)
-
-
 def test_policy(mean: tuple[float, ...], std: tuple[float, ...]) -> A.Compose:
-    """Normalization alone. Shapes and types as in train_policy."""
+    """Normalization alone, which is all that `predict` and `export` do to an image too. Shapes and types as in train_policy."""
     return A.Compose([A.Normalize(mean, std)])

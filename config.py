@@ -54,21 +54,28 @@ class Config:
     rotate: float = setting(15.0, "largest rotation, degrees either way", low=0, high=180)
     crop_padding: int = setting(0, "reflection padding before a random crop, pixels", low=0, high=16)
     crop_size: int = setting(32, "side of the random crop, pixels; 24 costs 56 % of the compute", low=16, high=32)
-    uncropped_share: float = setting(0.0, "share of the epochs, the last ones, that train on whole images, without a crop",
-                                     low=0, high=1)
+    whole_images_share: float = setting(0.0, "share of the epochs, the last ones, that train on whole images, without a crop",
+                                        low=0, high=1)
     coarse_dropout_p: float = setting(0.5, "probability of one square hole filled with the dataset's mean", low=0, high=1)
     coarse_dropout_size: int = setting(16, "side of the hole, pixels", low=1, high=32)
 
     # optimization
     epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
-    lr: float = setting(0.01, "learning rate of SGD at the start of the cosine", low=1e-12, high=1000)
-    min_lr: float = setting(1e-6, "learning rate at the end of the cosine, after the last epoch", low=0, high=1000)
+    lr: float = setting(0.01, "learning rate of SGD: the highest of the schedule", low=1e-12, high=1000)
+    min_lr: float = setting(1e-6, "learning rate after the last epoch, of cosine and one-cycle", low=0, high=1000)
+    schedule: str = setting("cosine", "learning rate by epoch: cosine: from lr down to min_lr; one-cycle: up to lr for three "
+                            "tenths of the steps, then down to min_lr, by step; step: a tenth after half and after three "
+                            "quarters of the epochs; constant", choices=("cosine", "one-cycle", "step", "constant"))
+    warmup: int = setting(0, "first epochs, in which the learning rate grows linearly to lr; one-cycle has its own", low=0,
+                          high=100_000)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "use Nesterov momentum")
     weight_decay: float = setting(5e-4, "L2 penalty on all parameters, biases and BatchNorm included", low=0, high=10)
     label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy loss", low=0, high=0.99)
 
-    # distillation
+    # trained weights
+    init: str = setting("", "trained weights to begin with: a finished run, as for --teacher, or a .safetensors file; a layer "
+                        "that doesn't fit, such as the head for other classes, begins anew; empty: all begin anew")
     teacher: str = setting("", "finished run to distill into the new network: its --name, its folder's name under logs/runs, "
                            "or a path; several, separated by commas: the mean of their predictions (in a sweep: A+B); empty: "
                            "train on labels alone")
@@ -103,10 +110,13 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, check_setting(field, getattr(self, field.name)))
+        if self.warmup and (self.schedule == "one-cycle" or self.warmup >= self.epochs):
+            raise UserError(f"--warmup is {self.warmup}, but must be less than --epochs, {self.epochs}, and 0 with --schedule "
+                            "one-cycle, which has its own")
         if self.min_lr > self.lr:
             raise UserError(f"--min-lr is {self.min_lr}, but must not exceed --lr, {self.lr}: lower --min-lr")
         if self.nesterov and self.momentum == 0:
-            raise UserError("--nesterov is on but --momentum is 0.0: Nesterov momentum must be above 0")
+            raise UserError("--nesterov is on, but --momentum is 0.0: raise --momentum, or leave --nesterov out")
         if self.deterministic and self.kernels == "fused":
             raise UserError("--kernels is fused, which timing may choose, but --deterministic asks for the same bits in every "
                             "run: leave one of them out")
@@ -115,6 +125,8 @@ class Config:
                 raise UserError(f"{flag(name)} is empty: name a folder")
         if self.teacher and not all(self.teacher.split(",")):
             raise UserError(f"--teacher is {self.teacher!r}: put one comma between two names, and none at the end")
+        if "," in self.init:
+            raise UserError(f"--init is {self.init!r}: a run begins with the weights of one, so name one")
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", self.device):
             raise UserError(f"--device is {self.device!r}, but must be one of auto, cpu, cuda, cuda:N, mps")
         if not re.fullmatch(r"[A-Za-z0-9_.+=-]{0,100}", self.name) or self.name.endswith(".safetensors"):
@@ -123,15 +135,16 @@ class Config:
 
 
 SETTINGS = {field.name: field for field in dataclasses.fields(Config)}
+ALIASES = {"uncropped_share": "whole_images_share"}  # earlier names of settings, for flags and for the records of earlier runs
 # Settings that can't vary in a sweep and that `compare` ignores: they don't change results, or only as another seed does.
 # Images are compared by their fingerprint
-MACHINE_SETTINGS = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "kernels",
+NOT_COMPARED = ("dataset", "data_dir", "log_dir", "device", "threads", "workers", "batches", "capture", "kernels",
                     "deterministic", "instruction_set", "name", "pictures", "tensorboard")
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """": did you mean X?" with the nearest of the `known` words, or an empty text."""
-    near = difflib.get_close_matches(word, list(known), n=1)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.7)
     return f": did you mean {near[0]}?" if near else ""
 
 
@@ -141,18 +154,8 @@ def flag(name: str) -> str:
 
 
 def net_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `settings` that the network is built from, as arguments of Net."""
+    """Those of `settings` that the network is built from, as arguments of Net. Add yours."""
     return {name: settings[name] for name in ("dropout", "width")}
-
-
-def uncropped_epochs(settings: Mapping[str, Any]) -> int:
-    """How many of a run's epochs, the last ones, train on whole images, without a crop."""
-    return round(settings["uncropped_share"] * settings["epochs"])
-
-
-def available_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_setting(field: dataclasses.Field, value: Any) -> Any:
@@ -175,7 +178,7 @@ def check_setting(field: dataclasses.Field, value: Any) -> Any:
 BETTER: dict[str, Any] = {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0}
 
 # 24 x 24 of 36 x 36 pixels, then whole images for the last fifth of the epochs
-SMALL_CROPS: dict[str, Any] = {"crop_padding": 2, "crop_size": 24, "uncropped_share": 0.2}
+SMALL_CROPS: dict[str, Any] = {"crop_padding": 2, "crop_size": 24, "whole_images_share": 0.2}
 
 # Named sets of changes to the defaults above: `python main.py --recipe NAME`
 RECIPES: dict[str, dict[str, Any]] = {
@@ -183,7 +186,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # A quarter of the baseline's compute
     "fast": BETTER | SMALL_CROPS | {"epochs": 30, "weight_decay": 1e-3, "coarse_dropout_p": 0.0},
     # The baseline's compute: 24 x 24 of 40 x 40 pixels, then whole images for the last tenth; a hole in every other image
-    "strong": BETTER | {"epochs": 132, "crop_padding": 4, "crop_size": 24, "uncropped_share": 0.1, "coarse_dropout_size": 8},
+    "strong": BETTER | {"epochs": 132, "crop_padding": 4, "crop_size": 24, "whole_images_share": 0.1, "coarse_dropout_size": 8},
     # More than twice strong's epochs, taught by a committed network of four times the width that saw the same crops
     "best": BETTER | SMALL_CROPS | {"epochs": 300, "coarse_dropout_size": 8, "teacher": "logs/reference/wide/seed-0"},
 }

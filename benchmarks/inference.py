@@ -4,10 +4,9 @@
                                                               names say vnni, and intel, of such a processor
     python benchmarks/readme.py                               draws benchmarks/results/inference.png from them
 
-All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by the code of tinycnn/inference/export.py.
-Each is a process of its own; they take turns, and medians are compared. Ours has the weights of `best`, seed 0;
-those of the others are random, which costs the same, with BatchNorm statistics from real images; their accuracies are the
-published ones.
+All take uint8 images, normalize them, and have BatchNorm folded into the convolutions, by tinycnn/inference/export.py. Each is
+a process of its own; they take turns, and medians are compared. Ours has the weights of `best`, seed 0; those of the others are
+random, which costs the same, with BatchNorm statistics from real images; their accuracies are the published ones.
 """
 
 import argparse
@@ -31,7 +30,6 @@ RESULTS = Path(__file__).parent / "results"
 WEIGHTS = Path(__file__).parents[1] / "logs" / "reference" / "best" / "seed-0" / "final.safetensors"
 OURS = "our Net"
 EAGER, COMPILED, FLOAT32, INT8 = "PyTorch", "PyTorch compiled", "ONNX Runtime", "ONNX Runtime int8"
-POINTWISE = "ORT int8 pointwise"  # in ONNX Runtime, all else in float32
 CALLS = {1: 60, 64: 6}  # in a turn, by the number of images
 Facts = dict[str, Any]
 
@@ -45,12 +43,12 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.peers import peers
-    from tinycnn.data.loading import load_images
+    from tinycnn.data.loading import load_dataset
     from tinycnn.inference.classifier import Classifier
     from tinycnn.inference.export import CALIBRATION_IMAGES, as_int8, as_onnx, calibration_images, fold, quiet
     from tinycnn.runs.weights import read_weights
 
-    images = load_images("cifar10", data_dir)
+    images = load_dataset("cifar10", data_dir)
     np.save(folder / "images.npy", images.test.images[:max(CALLS)])
     calibrating = calibration_images(images.train, CALIBRATION_IMAGES)
     weights, published = read_weights(WEIGHTS), peers()
@@ -72,8 +70,6 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
             torch.save(folded, folder / "ours.pt")
             kept = {"bytes": (folder / "ours.pt").stat().st_size,
                     "accuracy": accuracy(load_function(folder, name, EAGER, 0), images.test)}
-            with quiet():
-                models[POINTWISE] = as_int8(models[FLOAT32], calibrating, other_convolutions(models[FLOAT32]))
             facts |= {(name, runtime): about | kept for runtime in (EAGER, COMPILED)}
         for runtime, model in models.items():
             file_of(folder, name, runtime).write_bytes(model)
@@ -81,16 +77,6 @@ def prepare(folder: Path, data_dir: str) -> dict[tuple[str, str], Facts]:
                 session_logits(make_session(model)), images.test)}
         print(f"{name}: exported", flush=True)
     return facts
-
-
-def other_convolutions(model: bytes) -> list[str]:
-    """The names of the convolutions of our network that are not pointwise: the first, the depthwise, and the classifier's."""
-    import onnx
-
-    graph = onnx.load_from_string(model).graph
-    shapes = {tensor.name: tensor.dims for tensor in graph.initializer}
-    convolutions = [node for node in graph.node if node.op_type == "Conv"]
-    return [node.name for node in convolutions if shapes[node.input[1]][2] > 1 or node is convolutions[-1]]
 
 
 def gather_statistics(classifier: Any, images: np.ndarray) -> None:
@@ -115,7 +101,7 @@ def file_of(folder: Path, name: str, runtime: str) -> Path:
 
 def load_function(folder: Path, name: str, runtime: str, threads: int) -> LogitsFunction:
     """A function from uint8 images to logits; `threads` 0 changes nothing."""
-    if runtime in (FLOAT32, INT8, POINTWISE):
+    if runtime in (FLOAT32, INT8):
         return session_logits(make_session(file_of(folder, name, runtime), threads))
     import torch
 
@@ -207,12 +193,22 @@ def verdicts(facts: dict[tuple[str, str], Facts]) -> list[str]:
         pairs = zip(facts[slow]["turns"][0][batch], facts[fast]["turns"][0][batch], strict=True)
         return statistics.median(before / after for before, after in pairs)
 
-    ours, int8, pointwise = (OURS, FLOAT32), (OURS, INT8), (OURS, POINTWISE)
+    ours, int8 = (OURS, FLOAT32), (OURS, INT8)
     others = [f"{name} {times((name, runtime), ours):.2f}" for name, runtime in facts if name != OURS and runtime == FLOAT32]
     return [f"float32, one image, one thread: times our latency: {', '.join(others)}",
             f"int8, one thread: {times(ours, int8):.2f} times as fast as float32 with one image, {times(ours, int8, 1):.2f} "
-            f"times with 64, and {facts[ours]['accuracy'] - facts[int8]['accuracy']:.2f} points less accurate",
-            f"int8 in the pointwise convolutions only: {times(ours, pointwise):.2f} and {times(ours, pointwise, 1):.2f} times"]
+            f"times with 64, and {facts[ours]['accuracy'] - facts[int8]['accuracy']:.2f} points less accurate"]
+
+
+def processor() -> str:
+    """The processor's model, and whether it has the instructions for sums of products of 8 bits."""
+    import torch
+
+    from tinycnn.training.machine import describe_device
+
+    path = Path("/proc/cpuinfo")
+    vnni = (", with VNNI" if "vnni" in path.read_text() else ", without VNNI") if path.exists() else ""
+    return f"{describe_device(torch.device('cpu'))}{vnni}"
 
 
 def main() -> None:
@@ -225,21 +221,18 @@ def main() -> None:
         folder, name, runtime, threads = arguments.serve
         serve(Path(folder), name, runtime, int(threads))
         return
-    from benchmarks.inference_profile import processor, profile
-    from config import available_cores
+    from tinycnn.cores import available_cores
 
     with tempfile.TemporaryDirectory() as scratch:
         facts = prepare(Path(scratch), arguments.data_dir)
         alone, together = (measure(Path(scratch), list(facts), threads, arguments.rounds) for threads in (1, available_cores()))
-        shares = profile(*(file_of(Path(scratch), OURS, runtime) for runtime in (FLOAT32, INT8)))
     for row, each in facts.items():
         each |= {"turns": [alone[row]["turns"], together[row]["turns"]], "memory": alone[row]["memory"]}
     text = table(facts, available_cores(), processor())
-    print("\n" + text + "\n" + shares)
+    print("\n" + text)
     RESULTS.mkdir(exist_ok=True)
     kind = ("_intel" if "Intel" in processor() else "") + ("_vnni" if "with VNNI" in processor() else "")
     (RESULTS / f"inference{kind}.txt").write_text(text)
-    (RESULTS / f"inference{kind}_profile.txt").write_text(shares)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,29 @@
-"""What our training speed is compared with: the script most people write, and a loop in the style of the fastest."""
+"""The training speed of this program, of the script most people write, and of a loop in the style of the fastest."""
 
 import argparse
 import time
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
+import main
 from augmentation import test_policy, train_policy
 from config import Config
 from model import Net
-from tinycnn.data.dataset import Images
-from tinycnn.data.loading import load_images
+from tinycnn.data.batches import Batches as Made
+from tinycnn.data.dataset import Dataset as Images
+from tinycnn.data.loading import load_dataset
+from tinycnn.data.tensors import Epoch
+from tinycnn.runs.inputs import load_inputs
 from tinycnn.training.machine import find_device
+from tinycnn.training.steps import Step, fastest_step
 
 WARM_UP = 10  # steps before the clock starts, on a CPU; on a GPU a whole epoch
 # "train", and where it was measured "test", in images per second; of a GPU "once", the seconds that only a first epoch takes
@@ -49,6 +56,25 @@ def timed(run: Callable[[Batches], object], make: Callable[[], Batches], steps: 
     return {"train": seen / spent, "once": started - begun - spent}
 
 
+def make_program(config: Config, note: Callable[[str], object] = str) -> tuple[Step, nn.Module, LRScheduler, Made]:
+    """The step, network, scheduler and batches that main.train makes of a config."""
+    inputs = load_inputs(config)
+    net, optimizer, scheduler, criterion, batches = main.build(inputs)
+    step = fastest_step(main.train_step, net, optimizer, criterion, inputs.config, note)
+    return step, net, scheduler, batches
+
+
+def this_program(config: Config, steps: int) -> Measured:
+    """main.py's own epochs and tests."""
+    step, net, scheduler, made = make_program(config)
+    device, epochs = next(net.parameters()).device, count()
+    with made:
+        measured = timed(lambda batches: main.train_epoch(step, net, Epoch(iter(batches), 0), scheduler),
+                         lambda: made.train(next(epochs)), steps, device)
+        return measured | {"test": timed(lambda batches: main.test_epoch(net, Epoch(iter(batches), 0)), made.test, 10,
+                                         device)["train"]}
+
+
 class OneByOne(Dataset):
     """One PIL image at a time, as most scripts have it."""
 
@@ -68,10 +94,10 @@ class OneByOne(Dataset):
 
 def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> Measured:
     """The script most people write."""
-    config, images, device = Config(), load_images("cifar10", arguments.data_dir), find_device(arguments.device)
-    mean_and_std = images.statistics
+    config, images, device = Config(), load_dataset(arguments.dataset, arguments.data_dir), find_device(arguments.device)
+    mean, std = images.statistics
     loaders = [DataLoader(OneByOne(split, policy), config.batch_size, shuffle=True, num_workers=workers) for split, policy in (
-        (images.train, train_policy(config, *mean_and_std)), (images.test, test_policy(*mean_and_std)))]
+        (images.train, train_policy(config, 0, mean, std)), (images.test, test_policy(mean, std)))]
     torch.set_num_threads(threads)
     net = Net().to(device)
     optimizer = torch.optim.SGD(net.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
@@ -103,7 +129,7 @@ def usual_script(arguments: argparse.Namespace, workers: int, threads: int) -> M
 
 def fast_public_style(arguments: argparse.Namespace) -> Measured:
     """The same network in a loop in the style of the fastest public CIFAR-10 code; CUDA only."""
-    config, images, device = Config(), load_images("cifar10", arguments.data_dir), find_device(arguments.device)
+    config, images, device = Config(), load_dataset(arguments.dataset, arguments.data_dir), find_device(arguments.device)
     train_images, labels = _normalized(images.train.images, images, device), torch.from_numpy(images.train.labels).to(device)
     plain = Net().to(device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(plain.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay,

@@ -10,7 +10,6 @@ import argparse
 import math
 import sys
 from argparse import Namespace
-from contextlib import closing
 from pathlib import Path
 
 from torch import Tensor
@@ -20,16 +19,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import Config, UserError
 from tinycnn.commands.start import report
 from tinycnn.inference.loading import load_trained
-from tinycnn.training.epoch import predict
 
 
 def predicted(arguments: Namespace) -> tuple[Tensor, Tensor]:
     """Whether the run classifies each image correctly, N bool; and the labels, N int64."""
     trained = load_trained(arguments)
-    with closing(trained.make_batches()) as batches:
-        name = "validation" if trained.config.validation else "test"
-        logits, labels = predict(trained.net, batches.in_order(name), trained.device)
-    return logits.argmax(1).eq(labels).cpu(), labels.cpu()
+    logits, labels = trained.predict("validation" if trained.config.validation else "test")
+    return logits.argmax(1).eq(labels), labels
 
 
 def compared(first: Tensor, second: Tensor) -> str:

@@ -22,39 +22,42 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.inference import FLOAT32, OURS
 from benchmarks.inference_picture import Point, draw, make_points, read_rows
 from benchmarks.peers import peers
-from config import RECIPES, SIDE, SMALL_CROPS, Config, flag, uncropped_epochs
+from config import RECIPES, SIDE, SMALL_CROPS, Config, flag
 from model import Net
 from tinycnn.experiments.comparison import make_tables
 from tinycnn.experiments.report import as_text, with_short_teachers
 from tinycnn.experiments.statistics import LEVEL
-from tinycnn.network.identity import describe_network
 from tinycnn.network.receptive_field import convolutions
+from tinycnn.network.summary import describe_network
 from tinycnn.runs.finding import PROGRAM, REFERENCE
 from tinycnn.runs.record import CONFIG, Run, read_run
+from tinycnn.runs.sources import ON_TOP
 from tinycnn.text import plural
 
 RESULTS = PROGRAM / "benchmarks" / "results"
 PICTURE = RESULTS / "inference.png"
-# What was measured besides the recipes: its folder, its name in the table, and how it differs from a recipe of now
-WHOLE_IMAGES = {"crop_size": 32, "uncropped_share": 0.0}
-OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "wide": ("its teacher, four times as wide", "strong", {"epochs": 61, "width": 4} | SMALL_CROPS),
-    "strong-80": ("`strong` on whole images", "strong", {"epochs": 80} | WHOLE_IMAGES),
-    "fast-20": ("`fast` on whole images", "fast", {"epochs": 20} | WHOLE_IMAGES),
-    "fast-taught": ("the same, taught by `strong` on whole images", "fast", {
-        "epochs": 20} | WHOLE_IMAGES | {"teacher": "logs/reference/strong-80/seed-0"})}
-# Runs that only a text tells of, in the same form
-TOLD: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "strong-crops": ("", "strong", {"epochs": 122} | SMALL_CROPS),
-    "best-160": ("", "best", {
-        "epochs": 160, "teacher": "logs/reference/strong-crops/seed-0,logs/reference/strong-crops/seed-1"}),
-    "baseline-cuda": ("", "baseline", {})}
+# The committed runs besides the recipes: a folder under logs/reference, and how it differs from a recipe of now
+WHOLE_IMAGES = {"crop_size": 32, "whole_images_share": 0.0}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "baseline-cuda": ("baseline", {}),
+    "fast-20": ("fast", {"epochs": 20} | WHOLE_IMAGES),
+    "fast-taught": ("fast", {"epochs": 20} | WHOLE_IMAGES | {"teacher": "logs/reference/strong-80/seed-0"}),
+    "strong-80": ("strong", {"epochs": 80} | WHOLE_IMAGES),
+    "strong-crops": ("strong", {"epochs": 122} | SMALL_CROPS),
+    "wide": ("strong", {"epochs": 61, "width": 4} | SMALL_CROPS),
+    "best-160": ("best", {
+        "epochs": 160, "teacher": "logs/reference/strong-crops/seed-0,logs/reference/strong-crops/seed-1"})}
 
 # train and test accuracy of the published run of this network, by epoch
 PUBLISHED = {0: (33.25, 44.40), 10: (71.84, 75.30), 20: (77.57, 81.73), 40: (83.18, 84.77), 60: (86.37, 86.55),
              79: (87.45, 87.20)}
-STAGES = {"input_block": "input", "conv_block1": "block 1", "conv_block2": "block 2", "conv_block3": "block 3",
-          "conv_block4": "block 4", "head": "head"}
+# The stages of the network: name, and why it is there
+STAGES = {"input_block": ("input", "reads the colours: the only full 3x3 convolution"),
+          "conv_block1": ("block 1", "edges and colours; halves the map"),
+          "conv_block2": ("block 2", "textures; halves the map, doubles the channels"),
+          "conv_block3": ("block 3", "parts of objects; halves the map"),
+          "conv_block4": ("block 4", "dilation 2 widens the view to the whole image, at no cost"),
+          "head": ("head", "averages each map, then weighs the features")}
 
 
 def log_table() -> str:
@@ -80,18 +83,29 @@ def first_rows() -> str:
 
 
 def stage_table() -> str:
-    """Every stage of the network: kernel, output size, receptive field, parameters, multiply-adds."""
-    net = Net()
-    layers = dict(net.named_modules())
+    """The stages of the network: output size, receptive field, parameters, and why."""
+    net, layers = Net(), convolutions(Net())
+    lines = ["| stage | output | receptive field | parameters | |", "|---|---|---:|---:|---|"]
+    for block, (name, why) in STAGES.items():
+        last = [layer for layer in layers if layer.name.split(".")[0] == block][-1]
+        parameters = sum(parameter.numel() for parameter in net.get_submodule(block).parameters())
+        lines.append(f"| {name} | {' x '.join(map(str, last.output))} | {last.receptive_field} | {parameters:,} | {why} |")
+    about = describe_network(net)
+    return "\n".join([*lines, f"| all | | | {about['parameters']:,} | {about['multiply_adds']:,} multiply-adds an image |"])
+
+
+def convolution_table() -> str:
+    """Every convolution of the network: kernel, output size, receptive field, weights, multiply-adds."""
+    layers = dict(Net().named_modules())
     lines = ["| stage | convolution | stride | dilation | output | receptive field | weights | multiply-adds |",
              "|---|---|---:|---:|---|---:|---:|---:|"]
-    for found in convolutions(net):
+    for found in convolutions(Net()):
         layer = layers[found.name]
         kind = "depthwise" if layer.groups > 1 else "pointwise" if found.kernel == (1, 1) else "full"
         size = " x ".join(map(str, found.output))
-        lines.append(f"| {STAGES[found.name.split('.')[0]]} | {kind} {found.kernel[0]}x{found.kernel[1]} | {found.stride[0]} | "
-                     f"{found.dilation[0]} | {size} | {found.receptive_field} | {layer.weight.numel():,} | "
-                     f"{found.multiply_adds:,} |")
+        stage = STAGES[found.name.split(".")[0]][0]
+        lines.append(f"| {stage} | {kind} {found.kernel[0]}x{found.kernel[1]} | {found.stride[0]} | {found.dilation[0]} "
+                     f"| {size} | {found.receptive_field} | {layer.weight.numel():,} | {found.multiply_adds:,} |")
     return "\n".join(lines)
 
 
@@ -115,8 +129,8 @@ def plus_minus(mean: float, std: float) -> str:
 def compute(settings: Mapping[str, Any]) -> float:
     """Multiply-adds of training with these settings, in multiples of the baseline's. They grow with the pixels of an image, and
     a backward pass costs two forward ones. Each teacher was trained, and predicts in every step."""
-    uncropped = uncropped_epochs(settings)
-    images = ((settings["epochs"] - uncropped) * (settings["crop_size"] / SIDE) ** 2 + uncropped) / Config().epochs
+    whole = round(settings["whole_images_share"] * settings["epochs"])
+    images = ((settings["epochs"] - whole) * (settings["crop_size"] / SIDE) ** 2 + whole) / Config().epochs
     total = images * multiply_adds(settings["width"])
     for name in filter(None, settings["teacher"].split(",")):
         teacher = vars(Config()) | read_run(PROGRAM / name).record["config"]
@@ -132,17 +146,20 @@ def multiply_adds(width: int) -> float:
 
 
 def result_line() -> str:
-    """What the network reaches, in one line, beside the most accurate of its peers."""
+    """What the network reaches, without a teacher and with one, what that costs, and the most accurate of its peers."""
     ours, latency = describe_network(Net()), latencies()
     name, peer = max(peers().items(), key=lambda item: (not item[1].required, item[1].accuracy))
     theirs = describe_network(peer.net)
-    (taught, taught_std, seeds), (mean, std, count) = accuracy("best"), accuracy("strong")
-    return (f"**{ours['parameters']:,} parameters, {ours['multiply_adds'] / 1e6:.2f} M multiply-adds, "
-            f"{plus_minus(taught, taught_std)} % of the test images correct** (`best`, {plural(seeds, 'seed')}; `strong`, "
-            f"without a teacher, {plus_minus(mean, std)}, {plural(count, 'seed')}), **{latency[OURS]} ms** for one image (ONNX "
-            f"Runtime, float32, one thread of an AMD EPYC). The most accurate of the [networks compared](docs/inference.md), "
-            f"{name}, needs {theirs['parameters']:,} parameters, {theirs['multiply_adds'] / 1e6:.2f} M multiply-adds and "
-            f"{latency[name]} ms for {peer.accuracy:.2f} %.")
+    alone, taught = accuracy("strong"), accuracy("best")
+    cost = compute(vars(Config(**RECIPES["best"]))) / compute(vars(Config(**RECIPES["strong"])))
+    return (f"**{ours['parameters']:,} parameters** and {ours['multiply_adds'] / 1e6:.2f} M multiply-adds reach "
+            f"**{plus_minus(*alone[:2])} %** of the CIFAR-10 test images, trained on the labels alone (`strong`, "
+            f"{plural(alone[2], 'seed')}), and **{plus_minus(*taught[:2])} %** with a teacher, for {cost:.0f} times the "
+            f"compute, the teacher's included (`best`, {plural(taught[2], 'seed')}). An image takes "
+            f"**{latency[OURS]} ms** (ONNX Runtime, float32, one "
+            f"thread of an AMD EPYC). {name}, the most accurate of the [networks compared](docs/inference.md), reaches "
+            f"{peer.accuracy:.2f} % with {theirs['parameters']:,} parameters, {theirs['multiply_adds'] / 1e6:.2f} M "
+            f"multiply-adds and {latency[name]} ms.")
 
 
 @cache
@@ -159,15 +176,26 @@ def command(recipe: str, changes: dict[str, Any]) -> str:
 
 
 def recipe_table() -> str:
-    """The final accuracies of the recipes: mean and standard deviation over seeds."""
-    lines = ["| recipe | command | epochs | compute | train % | test % | seeds |", "|---|---|---:|---:|---:|---:|---:|",
-             f"| as published | | 80 | 1 | {PUBLISHED[79][0]:.2f} | {PUBLISHED[79][1]:.2f} | 1 |"]
-    for folder, (label, recipe, changes) in ({recipe: (f"`{recipe}`", recipe, {}) for recipe in RECIPES} | OTHERS).items():
-        runs, config = recipe_runs(folder), Config(**(RECIPES[recipe] | changes))
-        mean, std, count = accuracy(folder)
-        train = statistics.fmean(run.rows[-1]["train_acc"] for run in runs)
-        lines.append(f"| {label} | `{command(recipe, changes)}` | {config.epochs} | {compute(vars(config)):.2g} | {train:.2f} "
+    """Cost and final accuracies of the recipes: mean and standard deviation over seeds."""
+    lines = ["| recipe | command | epochs | cost | test % | seeds |", "|---|---|---:|---:|---:|---:|",
+             f"| as published | | 80 | 1 | {PUBLISHED[79][1]:.2f} | 1 |"]
+    for recipe, changes in RECIPES.items():
+        config, (mean, std, count) = Config(**changes), accuracy(recipe)
+        lines.append(f"| `{recipe}` | `{command(recipe, {})}` | {config.epochs} | {compute(vars(config)):.2g} "
                      f"| {plus_minus(mean, std)} | {count} |")
+    return "\n".join(lines)
+
+
+def seeds_table() -> str:
+    """Cost and accuracies of all committed runs, seed by seed."""
+    lines = ["| folder | flags | epochs | cost | each seed | test % |", "|---|---|---:|---:|---:|---:|"]
+    for folder in (*RECIPES, *OTHERS):
+        recipe, changes = OTHERS.get(folder, (folder, {}))
+        config = Config(**(RECIPES[recipe] | changes))
+        each = ", ".join(f"{run.rows[-1]['test_acc']:.2f}" for run in recipe_runs(folder))
+        flags = command(recipe, changes).removeprefix("python main.py").strip()
+        lines.append(f"| `{folder}` | {flags and f'`{flags}`'} | {config.epochs} | {compute(vars(config)):.2g} | {each} "
+                     f"| {plus_minus(*accuracy(folder)[:2])} |")
     return "\n".join(lines)
 
 
@@ -193,7 +221,8 @@ def picture_points() -> list[Point]:
 
 def comparison() -> str:
     """What `compare` prints of the committed runs."""
-    runs = [run for recipe in ("fast", "strong", "best", *OTHERS) for run in recipe_runs(recipe)]
+    runs = [run for folder in ("fast", "strong", "best", "wide", "strong-80", "fast-20", "fast-taught")
+            for run in recipe_runs(folder)]
     return "```\n" + as_text(make_tables(runs, read_run(REFERENCE))).strip() + "\n```"
 
 
@@ -205,10 +234,11 @@ def first_sentence(path: Path) -> str:
 
 def structure() -> str:
     """Every file of the program with the first sentence of its docstring, room by room."""
-    lines = [f"{name:22} {first_sentence(PROGRAM / name)}" for name in ("config.py", "main.py", "model.py")]
-    for room in sorted(path.parent for path in PROGRAM.glob("*/__init__.py") if path.parent.name != "benchmarks"):
-        lines.append(f"{room.name}/")
-        lines += [f"  {path.relative_to(room)!s:20} {first_sentence(path)}" for path in sorted(room.rglob("[!_]*.py"))]
+    package = PROGRAM / "tinycnn"
+    lines = [f"{name:21} {first_sentence(PROGRAM / name)}" for name in (*ON_TOP, "hubconf.py") if (PROGRAM / name).exists()]
+    for room in (package, *sorted(path.parent for path in package.glob("*/__init__.py"))):
+        lines.append(f"{room.relative_to(PROGRAM)}/")
+        lines += [f"  {path.name:19} {first_sentence(path)}" for path in sorted(room.glob("[!_]*.py"))]
     return "```\n" + "\n".join(lines) + "\n```"
 
 
@@ -220,12 +250,14 @@ def results() -> dict[str, str]:
 def experiments(name: str) -> list[dict[str, str]]:
     """The rows of an experiments.csv that `compare` wrote."""
     with open(RESULTS / f"{name}.csv", newline="") as file:
-        return list(csv.DictReader(file))
+        return [row | {"differs": row["differs"].replace("uncropped_share", "whole_images_share")}  # as it was called then
+                for row in csv.DictReader(file)]
 
 
-def runs_table(*names: str) -> str:
-    """The rows of comparisons that are not the reference, the best first, with the settings that they don't share."""
-    rows = [row for name in names for row in experiments(name) if row["differs"] != "-"]
+def runs_table(*names: str, which: str = "") -> str:
+    """The rows of comparisons that are not the reference, of all or of those with one setting, the best first, with the
+    settings that they don't share."""
+    rows = [row for name in names for row in experiments(name) if row["differs"] != "-" and which in row["differs"]]
     shared = set.intersection(*(set(row["differs"].split(", ")) for row in rows))
     lines = ["| settings | seeds | train % | validation % |", "|---|---:|---:|---:|"]
     for row in sorted(rows, key=lambda row: -float(row["val_acc"])):
@@ -241,12 +273,12 @@ def changes_table(name: str) -> str:
     rows = experiments(name)
     base = next(row for row in rows if any(other["compared_with"] == row["run"] for other in rows))
     common = set(base["differs"].split(", "))
-    lines = ["| change | seeds | train % | validation % | difference | |", "|---|---:|---:|---:|---:|---|",
+    lines = ["| change | seeds | train % | validation % | difference | significant |", "|---|---:|---:|---:|---:|---|",
              f"| none | {base['count']} | {float(base['train_acc']):.2f} | {float(base['val_acc']):.2f} | | |"]
     found = [row for row in rows if row["compared_with"] == base["run"]]
     for row in sorted(found, key=lambda row: -float(row["difference"])):
         parts = [part for part in row["differs"].split(", ") if part not in common and not part.startswith("model.py")]
-        verdict = "significant" if float(row["corrected_p"]) <= LEVEL else "not significant"
+        verdict = "yes" if float(row["corrected_p"]) <= LEVEL else "no"
         lines.append(f"| {', '.join(parts)} | {row['count']} | {float(row['train_acc']):.2f} | {float(row['val_acc']):.2f} | "
                      f"{float(row['difference']):+.2f} ± {float(row['standard_error']):.2f} | {verdict} |")
     return "\n".join(lines)
@@ -257,14 +289,13 @@ def tables() -> dict[str, str]:
     """Every table by its name."""
     return results() | {
         "structure": structure(), "result": result_line(), "rows": first_rows(), "log": log_table(), "recipes": recipe_table(),
-        "cluster": (RESULTS / "cluster.md").read_text().strip(), "peers": peer_table(), "stages": stage_table(),
-        "compare": comparison(), "single changes": changes_table("single_changes"),
-        "recipe changes": changes_table("recipe_changes"), "recipe at length": runs_table("recipe_at_length"),
-        "fast changes": changes_table("fast_changes"), "small crops": runs_table("small_crops"),
-        "strong changes": changes_table("strong_changes"), "strong crops": runs_table("strong_changes", "strong_crops"),
-        "strong crops changes": changes_table("strong_crops_changes"), "teacher crops": runs_table("teacher_crops"),
-        "teacher settings": runs_table("teacher_settings"), "wide teachers": runs_table("wide_teachers"),
-        "mixed images": runs_table("mixed_images"), "strong padding": runs_table("strong_padding")}
+        "seeds": seeds_table(), "stages": stage_table(), "convolutions": convolution_table(), "peers": peer_table(),
+        "cluster": (RESULTS / "cluster.md").read_text().strip(), "compare": comparison(),
+        "single changes": changes_table("single_changes"), "fast changes": changes_table("fast_changes"),
+        "recipe at length": runs_table("recipe_at_length"), "small crops": runs_table("small_crops"),
+        "strong crops": runs_table("strong_changes", "strong_crops"), "strong padding": runs_table("strong_padding"),
+        "wide teachers": runs_table("wide_teachers", which="epochs 30")}
+
 
 
 def documents() -> list[Path]:

@@ -4,7 +4,7 @@
 
 All train the same network on the same images with the same batch size and threads. Each measurement is a process of its
 own; the paths take turns, and medians are compared. "The usual script" is a Dataset that opens one PIL image at a time and
-ends in ToTensorV2, NCHW memory, and .item() on every batch. benchmarks/cuda_speed.py measures on a GPU.
+ends in ToTensorV2, NCHW memory, and .item() on every batch. benchmarks/gpu_session.py measures on a GPU.
 """
 
 import argparse
@@ -17,21 +17,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.others import WARM_UP, Measured, timed, usual_script
-from benchmarks.program import make_program
-from config import Config, available_cores
+from benchmarks.others import WARM_UP, Measured, make_program, this_program, usual_script
+from config import Config
 from model import Net
-from tinycnn.training.epoch import evaluate, train_epoch
+from tinycnn.cores import available_cores
 
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
@@ -39,28 +38,17 @@ EPOCHS, TRAIN, TEST = 80, 50_000, 10_000
 
 # ---------------------------------------------------------------- the paths
 
-def this_program(arguments: argparse.Namespace, **settings: object) -> Measured:
-    """main.py's own parts."""
-    config = Config(dataset="cifar10", data_dir=arguments.data_dir, device="cpu", **settings)  # type: ignore[arg-type]
-    program = make_program(config)
-    step, batches, device, epochs = program.step, program.batches, program.device, iter(range(100))
-    with closing(batches), tqdm(disable=True) as bar:
-        measured = timed(lambda each: train_epoch(step, each, lambda images: config.lr, bar),
-                         lambda: batches.shuffled("train", next(epochs)), arguments.steps, device)
-        measured["test"] = timed(lambda each: evaluate(step.net, each, device), lambda: batches.in_order("test"),
-                                 10, device)["train"]
-    return measured
-
-
 def paths() -> dict[str, Callable[[argparse.Namespace], Measured]]:
     """The rows of the table; the first is what the ratios are to."""
     rows: dict[str, Callable[[argparse.Namespace], Measured]] = {
         "the usual script, 2 workers": lambda arguments: usual_script(arguments, 2, available_cores())}
     for workers in (2, 4, 8):
-        rows[f"main.py, {workers} workers"] = lambda arguments, workers=workers: this_program(  # type: ignore[misc]
-            arguments, batches="workers", workers=workers)
-    rows["main.py, device"] = lambda arguments: this_program(arguments, batches="device")
-    return rows
+        rows[f"main.py, {workers} workers"] = partial(ours, batches="workers", workers=workers)
+    return rows | {"main.py, device": partial(ours, batches="device")}
+
+
+def ours(arguments: argparse.Namespace, **settings: Any) -> Measured:
+    return this_program(Config(dataset="cifar10", data_dir=arguments.data_dir, device="cpu", **settings), arguments.steps)
 
 
 def measured(path: str, arguments: argparse.Namespace) -> Measured:
@@ -107,9 +95,9 @@ def floor() -> str:
 
 def profile(data_dir: str, steps: int = 10) -> str:
     """Where the time of a step goes, by kind of operation, with batches made on the device."""
-    program = make_program(Config(dataset="cifar10", data_dir=data_dir, device="cpu", batches="device"))
-    step, batches = program.step, iter(program.batches.shuffled("train", 0))
-    step.net.train()
+    step, net, _, made = make_program(Config(dataset="cifar10", data_dir=data_dir, device="cpu", batches="device"))
+    batches = iter(made.train(0))
+    net.train()
     for batch in islice(batches, WARM_UP):
         step(*batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
@@ -159,7 +147,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps a measurement (default: 40)")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each (default: 5)")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(dataset="cifar10", device="cpu")
     arguments = parser.parse_args()
     rows = paths()
     if arguments.measure:

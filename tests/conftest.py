@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import copy
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +88,7 @@ def run_line(line: list[str]) -> int:
         start.cap_instruction_set(arguments)
     except UserError as error:
         return start.report(error)
-    return start.run(arguments, main.train)
+    return start.run(arguments, main.train, main.build, main.train_step)
 
 
 @pytest.fixture
@@ -123,8 +125,8 @@ def start_program(*arguments: str, interval: float | None = None, before: str = 
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import main\n"
     code += "from tinycnn.commands.start import parse_or_exit, run_or_exit\n"
     if interval is not None:
-        code += f"from tinycnn.runs import writer; writer.INTERVAL = {interval}\n"
-    code += f"{before}\nif __name__ == '__main__': run_or_exit(parse_or_exit(), main.train)"
+        code += f"from tinycnn.runs import run; run.INTERVAL = {interval}\n"
+    code += f"{before}\nif __name__ == '__main__': run_or_exit(parse_or_exit(), main.train, main.build, main.train_step)"
     return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             text=True, env=os.environ | NO_NETWORK, start_new_session=True)
 
@@ -143,14 +145,24 @@ def at_epoch(monkeypatch, number: int, action) -> None:
     monkeypatch.setattr(main, "train_epoch", acting)
 
 
-def edit(monkeypatch, name: str, replacement) -> None:
-    """Replace a function of the training procedure wherever it was imported, as an edit of its file would."""
-    import main
-    from tinycnn.training import procedure
+@pytest.fixture
+def edited(monkeypatch):
+    """Edit a file as it was read at import: edited("main.py", pattern, replacement) -> what it is now."""
+    from tinycnn.runs import sources
 
-    for module in (main, procedure):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, replacement)
+    def edited(name: str, pattern: str, replacement: str) -> bytes:
+        changed, count = re.subn(pattern, replacement, sources.CODE_FILES[name].decode())
+        assert count, f"{name} has no {pattern!r} any more: name what it has"
+        changed = changed.encode()
+        monkeypatch.setitem(sources.CODE_FILES, name, changed)
+        if name in sources.COPIED_FILES:
+            monkeypatch.setitem(sources.COPIED_FILES, name, changed)
+        sources._edited.cache_clear()
+        return changed
+
+    yield edited
+    monkeypatch.undo()
+    sources._edited.cache_clear()
 
 
 def raising(error: BaseException):
@@ -185,17 +197,27 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "final.safetensors").read_bytes()
 
 
-def example_record(**changes) -> dict:
-    """A config.json of a run of ten classes of drawn images with these settings."""
+def example_inputs(**changes):
+    """What a run of these settings on the ten classes of drawn images begins with."""
     from config import Config
-    from model import Net
-    from tinycnn.network.identity import describe_network
-    from tinycnn.runs.record import make_record
-    from tinycnn.training.procedure import describe_procedure
+    from tinycnn.runs.inputs import Inputs
 
-    images = synthetic().hold_out(changes.get("validation", 0))
-    machine = {"device": "cpu", "instruction_set": "AVX2"}
-    return make_record(Config(**changes), describe_network(Net()), describe_procedure(), images, machine, 1, "")
+    config = Config(dataset="synthetic", batches="device", threads=1, **changes)
+    return Inputs(config, synthetic().hold_out(config.validation), {"init": [], "teacher": []}, torch.device("cpu"))
+
+
+def example_record(**changes) -> dict:
+    """A config.json of a run of these settings."""
+    return copy.deepcopy(_example_record(tuple(changes.items())))
+
+
+@functools.cache
+def _example_record(changes: tuple) -> dict:
+    from model import Net
+    from tinycnn.network.summary import describe_network
+    from tinycnn.runs.inputs import make_record
+
+    return make_record(example_inputs(**dict(changes)), describe_network(Net()), 1)
 
 
 def example_row(epoch: int) -> dict[str, float]:

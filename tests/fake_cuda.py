@@ -20,9 +20,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tinycnn import streams as streams_module
-from tinycnn.training import epoch
-from tinycnn.training.machine import memory_format
+from tinycnn import device as device_module
+from tinycnn.device import memory_format
 
 CUDA = torch.device("cuda:0")
 # Operations that launch nothing: other views of the same memory, and memory that is not filled
@@ -165,7 +164,7 @@ def second_streams() -> Iterator[Streams]:
     """Within fake_cuda: there is a second stream for each kind of work, and what is launched in the body is looked at."""
     with ExitStack() as stack:
         streams = Streams()
-        for place, name, stand_in in ((streams_module, "_stream", lambda index, work: getattr(streams, work)),
+        for place, name, stand_in in ((device_module, "_stream", lambda index, work: getattr(streams, work)),
                                       (torch.cuda, "current_stream", lambda device: streams.current),
                                       (torch.cuda, "stream", streams.switch)):
             stack.enter_context(mock.patch.object(place, name, stand_in))
@@ -247,13 +246,13 @@ def fused_sgd(parameters, gradients, momenta, *, lr, is_first_step, **_) -> None
 
 @contextmanager
 def fake_cuda(bfloat16: bool = True) -> Iterator[list[tuple]]:
-    """Tensors made in the body are fake, and may lie on CUDA. Gives the shapes of tensors whose values the host reads; all
-    that it reads is zero. `bfloat16`: whether the GPU has it."""
+    """Tensors made in the body are fake, and may lie on CUDA. Gives the shapes of tensors whose values the host reads, all of
+    which are 1. `bfloat16`: whether the GPU has it."""
     reads: list[tuple] = []
 
     def read(tensor: Tensor) -> list:
         reads.append(tuple(tensor.shape))
-        return np.zeros(tensor.shape).tolist()
+        return np.ones(tensor.shape).tolist()  # a count to divide by; an error that is just allowed
 
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -265,7 +264,6 @@ def fake_cuda(bfloat16: bool = True) -> Iterator[list[tuple]]:
                 (FakeTensor, "tolist", read),
                 (torch.Tensor, "pin_memory", lambda tensor: tensor),
                 (torch.random, "fork_rng", lambda *_: nullcontext()),
-                (streams_module, "_stream", lambda index, work: None),  # see second_streams
-                (epoch.time, "monotonic", lambda: 0.0)):  # nobody looks at the bar
+                (device_module, "_stream", lambda index, work: None)):  # see second_streams
             stack.enter_context(mock.patch.object(place, name, stand_in))
         yield reads

@@ -31,7 +31,7 @@ def test_a_value_out_of_range_is_named_with_its_range(field, value):
     ({"lr": "0.1"}, "type float"),
     ({"dataset": "imagenet"}, "auto, cifar10, folder, synthetic"), ({"device": "gpu"}, "cuda:N"),
     ({"name": "a/b"}, "letters A to Z, digits"), ({"lr": 1e-7, "min_lr": 1e-6}, "lower --min-lr"),
-    ({"nesterov": True, "momentum": 0.0}, "momentum must be above 0"),
+    ({"nesterov": True, "momentum": 0.0}, "raise --momentum"),
     ({"kernels": "fused", "deterministic": True}, "leave one of them out")])
 def test_what_no_range_can_tell_is_refused(changes, words):
     with pytest.raises(UserError, match=words):

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import REFERENCE, at_epoch, figures, one_line, raising, weights_of
@@ -12,9 +13,8 @@ from tinycnn.experiments.differences import effective_settings
 from tinycnn.experiments.sweep import find_matching_run, plan_runs
 from tinycnn.runs.finding import RunState, find_runs
 from tinycnn.runs.record import FINAL, read_run
-from tinycnn.runs.resuming import restore_config
+from tinycnn.runs.run import local_paths, restore_config
 from tinycnn.runs.weights import read_weights
-from tinycnn.runs.writer import local_places
 
 
 @pytest.fixture
@@ -72,11 +72,11 @@ def test_a_run_learns_from_several_teachers(run, tmp_path, taught, monkeypatch):
 
 def test_runs_of_two_teachers_are_not_one_group_nor_one_for_a_sweep(run, tmp_path, taught, pictures):
     _, _, first = taught("--epochs", "1", "--name", "taught")
-    config = restore_config(read_run(first).record["config"], {
-        "log_dir": str(tmp_path / "logs"), "data_dir": str(pictures), "teacher": "wide"}, first)
+    paths = {"log_dir": str(tmp_path / "logs"), "data_dir": str(pictures), "teacher": "wide"}
+    config = restore_config({"record": read_run(first).record, "places": paths}, first)
     assert find_matching_run(plan_runs([config])[0][0]) == (RunState.FINISHED, first)
     assert run("--epochs", "1", "--width", "3", "--name", "wide", "--seed", "6")[0] == 0
-    assert find_matching_run(plan_runs([config])[0][0]) is None
+    assert find_matching_run(plan_runs([config])[0][0])[0] is RunState.FOREIGN
     _, _, second = taught("--epochs", "1", "--name", "taught", "--seed", "1")
     assert effective_settings(read_run(first).record["config"]) != effective_settings(read_run(second).record["config"])
 
@@ -108,7 +108,8 @@ def test_a_teacher_in_a_folder_with_a_comma_is_found_again(tmp_path, monkeypatch
     for folder in ("a,b", "ab"):
         Path(folder).mkdir()
         shutil.copy(teacher.path, folder)
-    places = [local_places(config, [replace(teacher, path=Path(folder, FINAL))])["teacher"] for folder in ("a,b", "ab", "gone")]
+    places = [local_paths(SimpleNamespace(config=config, teachers=[replace(teacher, path=Path(folder, FINAL))]))["teacher"]
+              for folder in ("a,b", "ab", "gone")]
     assert places == ["wide", str(tmp_path / "ab" / FINAL), "wide"]
 
 

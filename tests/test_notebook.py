@@ -10,7 +10,7 @@ nbformat = pytest.importorskip("nbformat", reason="requirements-test.txt is not 
 
 
 def test_the_notebook_runs_and_shows_the_pictures(tmp_path, pictures, monkeypatch):
-    for name in ("config.py", "main.py", "model.py"):
+    for name in ("config.py", "augmentation.py", "model.py", "main.py"):
         shutil.copy(ROOT / name, tmp_path)
     for name in (*(path.parent.name for path in ROOT.glob("*/__init__.py")), "logs/reference"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -22,7 +22,7 @@ def test_the_notebook_runs_and_shows_the_pictures(tmp_path, pictures, monkeypatc
     settings.source = f"SETTINGS = {flags}"
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 7  # the curve, five of the run, the picture
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 8  # the curve, six of the run, the picture
     text = "".join(output.get("text", "") for output in outputs)
     for words in ("Final accuracy: test", "# run: ", "expected calibration error", "with each image also mirrored",
                   "settings", "picture.png: "):

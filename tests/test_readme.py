@@ -1,5 +1,6 @@
 """What the repository claims: tables, figures, links and commands in its documents, the reference run, the folders."""
 
+import ast
 import json
 import re
 import shutil
@@ -13,7 +14,7 @@ from conftest import REFERENCE, ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_program import RATES
+from test_schedule import PUBLISHED as RATES
 
 from benchmarks import readme
 from config import RECIPES, Config, net_settings
@@ -23,12 +24,11 @@ from tinycnn.data.cifar10 import cifar10 as load_cifar10
 from tinycnn.experiments.differences import effective_settings
 from tinycnn.inference.classifier import Classifier
 from tinycnn.inference.export import as_torch, fold, quiet
-from tinycnn.network.identity import describe_network
+from tinycnn.network.summary import describe_network
 from tinycnn.runs.log import read_log
 from tinycnn.runs.record import read_run
-from tinycnn.runs.weights import find_teachers
+from tinycnn.runs.weights import load_weights, recorded_names
 
-RUNS = readme.OTHERS | readme.TOLD
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in readme.documents()}
 CURRENT = [name for name in DOCUMENTS if name != "LEARNINGS.md"]  # whose commands are for this commit
 
@@ -50,7 +50,7 @@ def test_the_tables_are_what_the_logs_and_the_network_say(document):
 
 
 def test_each_table_stands_in_one_place():
-    names = Counter(name for document in DOCUMENTS for name in re.findall("<!-- (?!end of)(.*?) -->", text_of(document)))
+    names = Counter(name for document in DOCUMENTS for name in re.findall("<!-- (?!end of|Badges)(.*?) -->", text_of(document)))
     assert names.keys() <= readme.tables().keys()
     assert names.keys() >= readme.tables().keys() - readme.results().keys()
     assert names.most_common(1)[0][1] == 1
@@ -59,7 +59,7 @@ def test_each_table_stands_in_one_place():
 
 
 @pytest.mark.parametrize(("document", "old", "new"), [
-    ("README.md", "88.54", "99.99"), ("README.md", "0.301 ms", "0.201 ms"), ("README.md", "1,048,576", "1,048,575"),
+    ("README.md", "88.54", "99.99"), ("README.md", "0.301 ms", "0.201 ms"), ("docs/structure.md", "1,048,576", "1,048,575"),
     ("docs/inference.md", "10.89 M", "9.89 M"), ("docs/speed.md", "882", "982"), ("docs/statistics.md", "significant", "yes"),
     ("LEARNINGS.md", "+9.20", "+9.30")])
 def test_a_changed_figure_would_be_noticed(document, old, new):
@@ -70,34 +70,16 @@ def test_a_changed_figure_would_be_noticed(document, old, new):
 
 def test_figures_in_the_summary_of_what_was_learned_are_those_of_the_tables():
     summary = re.search(r"\n1\. .*?\n10\. .*?\n\n", text_of("LEARNINGS.md"), re.DOTALL)[0]
-    folders, figure = (*RECIPES, *RUNS), r"\d+\.\d+"
-    told = "\n".join([*readme.tables().values(), *(readme.plus_minus(*readme.accuracy(folder)[:2]) for folder in folders)])
-    logged = [f"{run.rows[-1]['test_acc']:.2f}" for folder in folders for run in readme.recipe_runs(folder)]
+    told, figure = "\n".join(readme.tables().values()), r"\d+\.\d+"
     config = [f"{value}" for changes in (vars(Config()), {"lr": 0.05}, {"lr": 0.2}) for value in changes.values()]
-    assert set(re.findall(figure, summary)) <= {*re.findall(figure, told), *logged, *config}
+    assert set(re.findall(figure, summary)) <= {*re.findall(figure, told), *config}
     pair = f"{figure} ± {figure}"
     assert set(re.findall(pair, summary)) <= set(re.findall(pair, told))
 
 
-@pytest.mark.parametrize(("recipe", "target"), [("fast", 89), ("strong", 91.5), ("best", 92.6)])
-def test_how_far_a_recipe_is_from_its_target(recipe, target):
-    missed = target - readme.accuracy(recipe)[0]
-    words = f"misses by {missed:.1f}" if missed > 0 else f"is {-missed:.1f} above"
-    [told] = re.findall(f"- `{recipe}`: (.*?) - `", unwrapped("README.md"))
-    assert f"Target: {target:g} %; the mean {words}" in told
-
-
 def test_how_long_training_takes_is_what_was_measured():
     seconds = re.search(r"main\.py, device .* ([\d,.]+)$", readme.results()["training speed"], re.MULTILINE)[1]
-    assert f"({float(seconds.replace(',', '')) / 3600:.1f} hours on two CPU cores" in text_of("README.md")
-
-
-@pytest.mark.parametrize(("folder", "document"), [
-    ("strong", "README.md"),
-    *((folder, "LEARNINGS.md") for folder in ("fast", "strong", "strong-80", "strong-crops", "best"))])
-def test_the_accuracy_of_every_seed_is_told(folder, document):
-    *others, last = (f"{run.rows[-1]['test_acc']:.2f}" for run in readme.recipe_runs(folder))
-    assert f"{', '.join(others)} and {last} %" in unwrapped(document)
+    assert f"takes {float(seconds.replace(',', '')) / 3600:.1f} hours on two CPU cores" in unwrapped("README.md")
 
 
 def test_the_picture_shows_what_is_measured():
@@ -107,11 +89,6 @@ def test_the_picture_shows_what_is_measured():
 
 
 # ---------------------------------------------------------------- form, links, commands
-
-def test_the_readme_is_short():
-    assert len(text_of("README.md").splitlines()) <= 250
-    assert len(text_of("CONTRIBUTING.md").splitlines()) <= 30
-
 
 def test_a_page_says_at_its_top_what_question_it_answers():
     for document in DOCUMENTS:
@@ -129,9 +106,8 @@ def missing(document: str, text: str) -> list[str]:
             titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
             if heading not in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]:
                 found.append(heading)
-    rooms = "|".join(path.parent.name for path in ROOT.glob("*/__init__.py"))
     prose = re.sub("<!-- (.*?) -->.*?<!-- end of \\1 -->", "", text, flags=re.DOTALL)
-    files = re.findall(rf"(?<![\w/.-])((?:{rooms}|docs|tests|logs/reference)/[\w/.-]*\w)", prose)
+    files = re.findall(r"(?<![\w/.-])((?:tinycnn|benchmarks|docs|tests|logs/reference)/[\w/.-]*\w)", prose)
     generated = re.compile(r"benchmarks/results/(cuda|cluster)\.|logs/reference/.*\.png")
     return found + [name for name in files if not generated.match(name) and not (ROOT / name).exists()]
 
@@ -142,7 +118,7 @@ def test_every_link_picture_and_file_exists(document):
 
 
 def test_a_wrong_link_would_be_noticed():
-    for line in ("[a](docs/none.md)", "![a](none.png)", "[a](docs/speed.md#none)", "`runs/none.py`", "`tests/none/`"):
+    for line in ("[a](docs/none.md)", "![a](none.png)", "[a](docs/speed.md#none)", "`tinycnn/none.py`", "`tests/none/`"):
         assert missing("README.md", line), line
     assert not missing("README.md", "[a](docs/speed.md#cuda) [b](https://example.org/none.md) `logs/reference/strong/seed-0`")
 
@@ -167,7 +143,7 @@ def test_every_command_is_one_that_the_program_takes(document):
 
 
 def test_commands_are_found():
-    assert len(commands_in(text_of("README.md"))) > 20
+    assert len(commands_in(text_of("README.md"))) > 12
     assert commands_in("`python main.py --lrr 1`") == [["--lrr", "1"]]
     blocks = "```python\nx\n```\n```\npython main.py \\\n    test a && python main.py  # b\n```"
     assert commands_in(blocks) == [["test", "a"], []]
@@ -179,8 +155,8 @@ def test_the_two_commands_stand_as_ci_runs_them():
 
 
 @pytest.mark.skipif(not (shutil.which("bash") and shutil.which("awk")), reason="needs bash and awk")
-def test_the_readmes_comparison_of_logs_finds_a_changed_figure(tmp_path):
-    line = re.search(r"^diff <\(.*$", text_of("README.md"), re.MULTILINE)[0]
+def test_the_comparison_of_logs_finds_a_changed_figure(tmp_path):
+    line = re.search(r"^diff <\(.*$", text_of("docs/structure.md"), re.MULTILINE)[0]
     log = (REFERENCE / "model_accuracy.log").read_text()
     (tmp_path / "logs" / "reference").mkdir(parents=True)
     (tmp_path / "logs" / "reference" / "model_accuracy.log").write_text(log)
@@ -200,7 +176,7 @@ def test_the_reference_run_is_the_whole_baseline():
     run = read_run(REFERENCE)
     assert run.record["dataset"]["kind"] == "cifar10"
     assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
-    assert run.record["network"] == describe_network(Net())  # else every run would seem to have another network
+    assert run.record["network"].items() >= describe_network(Net()).items()
     assert len(run.rows) == run.summary["epochs"] == 80
     assert {epoch: f"{run.rows[epoch]['lr']:.6f}" for epoch in RATES} == RATES
 
@@ -219,24 +195,23 @@ def test_the_committed_logs_are_those_of_the_reference_run(name):
 
 
 def test_the_reference_holds_records_and_weights_only():
-    made = [path for path in REFERENCE.iterdir() if path.name not in {*RECIPES, *RUNS}]
-    assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2")} == {
+    made = [path for path in REFERENCE.iterdir() if path.name not in {*RECIPES, *readme.OTHERS}]
+    assert {path.name for path in made if path.suffix not in (".png", ".onnx", ".pt2", ".html")} == {
         "config.json", "model_accuracy.log", "torch_summary.log", "final.safetensors", "summary.json", "model.py"}
 
 
-@pytest.mark.parametrize("folder", [*RECIPES, *RUNS])
+@pytest.mark.parametrize("folder", [*RECIPES, *readme.OTHERS])
 def test_the_committed_runs_are_whole_runs_of_their_recipe(folder, monkeypatch):
     monkeypatch.chdir(ROOT)
-    _, recipe, changes = RUNS.get(folder, ("", folder, {}))
+    recipe, changes = readme.OTHERS.get(folder, (folder, {}))
     config = Config(**(RECIPES[recipe] | changes))
-    teacher = ",".join(weights.name for weights in find_teachers(config))
-    runs, wanted = readme.recipe_runs(folder), effective_settings(vars(config) | {"teacher": teacher})
+    runs, wanted = readme.recipe_runs(folder), effective_settings(vars(config) | recorded_names(load_weights(config)))
     assert runs
     for run in runs:
         assert effective_settings(run.record["config"]) == wanted
         assert run.record["dataset"]["sha256"] == read_run(REFERENCE).record["dataset"]["sha256"]
         assert (run.record["dataset"]["train"], run.record["dataset"]["test"]) == (50_000, 10_000)
-        assert run.record["network"] == describe_network(Net(**net_settings(vars(config))))
+        assert run.record["network"].items() >= describe_network(Net(**net_settings(vars(config)))).items()
         assert len(run.rows) == run.summary["epochs"] == run.record["config"]["epochs"]
     assert len({run.record["config"]["seed"] for run in runs}) == len(runs)
 
@@ -261,13 +236,13 @@ def test_an_exported_program_is_used_as_the_page_says(tmp_path):
     assert json.loads(names["names"]["class_names.json"]) == ["one", "two"]
 
 
-def test_the_readmes_three_lines_load_the_weights():
-    code = listing("README.md", "load_file")
-    assert len(code.splitlines()) == 3
-    scope: dict = {}
-    exec(code.replace("logs/reference", str(REFERENCE)), scope)
-    assert not scope["net"].training
-    assert scope["net"](torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+def test_the_readmes_four_lines_print_a_class(tmp_path, monkeypatch, capsys):
+    code = listing("README.md", "torch.hub")
+    assert len(code.splitlines()) == 4
+    Image.new("RGB", (40, 30), "navy").save(tmp_path / "cat.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace('hub.load(".",', f"hub.load({str(ROOT)!r},"), {})
+    assert capsys.readouterr().out.strip() in read_run(REFERENCE).record["dataset"]["class_names"]
 
 
 def test_the_reference_weights_give_the_logged_accuracy_on_the_real_images(cifar10):
@@ -311,9 +286,37 @@ def test_the_accuracies_without_mirrored_images_are_the_logged_ones():
 
 def test_every_folder_and_file_is_named():
     readme_text, structure = text_of("README.md"), text_of("docs/structure.md")
-    rooms = sorted(path.parent for path in ROOT.glob("*/__init__.py"))
+    rooms = [path.parent for path in (ROOT / "tinycnn").glob("*/__init__.py")]
     for path in (*ROOT.glob("*.py"), *rooms):
-        assert f"{path.name}{'' if path.suffix else '/'} " in readme_text, path
-    for room in (room for room in rooms if room.name != "benchmarks"):
-        for path in room.rglob("[!_]*.py"):
-            assert f"{path.relative_to(room)} " in structure, path
+        assert re.search(rf"^ *{path.name}{'' if path.suffix else '/'} ", readme_text, re.MULTILINE), path
+    for path in (ROOT / "tinycnn").rglob("[!_]*.py"):
+        assert f"{path.name} " in structure, path
+
+
+# ---------------------------------------------------------------- the house
+
+ROOMS = ["commands", "experiments", "inference", "runs", "training", "kernels", "data network", "."]  # imports go down only
+
+
+def imports(path) -> set[str]:
+    """The modules that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return found | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_imports_go_one_way():
+    floor = {room: number for number, rooms in enumerate(ROOMS) for room in rooms.split()}
+    package = ROOT / "tinycnn"
+    for path in package.rglob("*.py"):
+        room = path.parent.name if path.parent != package else "."
+        for module in imports(path):
+            first, *rest = module.split(".")
+            assert first != "main" or path.name == "cluster.py", path  # a worker of Ray
+            if (path.name, module) == ("device_batches.py", "tinycnn.kernels.policy"):  # one policy of batches is a kernel
+                continue
+            if first == "tinycnn" and rest:
+                other = rest[0] if (package / rest[0]).is_dir() else "."
+                assert room == other or floor[room] < floor[other], f"{path} imports {module}"
+    for name in ("config.py", "augmentation.py", "model.py"):
+        assert not any(module.startswith("tinycnn") for module in imports(ROOT / name)), name

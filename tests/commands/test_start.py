@@ -1,6 +1,7 @@
 """The program's start: what it checks before torch is loaded, and how it ends."""
 
 import ast
+import gc
 import json
 import os
 import subprocess
@@ -8,11 +9,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, at_epoch, one_line, only_run, raising
+from conftest import REFERENCE, ROOT, at_epoch, one_line, only_run, raising
 
-from config import UserError
-from tinycnn.commands.start import AVX2_VARIABLES, report
-from tinycnn.runs.record import read_run
+from config import Config, UserError
+from tinycnn.commands import compare
+from tinycnn.commands.parser import parse
+from tinycnn.commands.start import AVX2_VARIABLES, report, run_or_exit
 
 
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
@@ -22,20 +24,18 @@ def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="has no AVX2")
-def test_avx2_is_what_pytorchs_libraries_are_told(pictures, tmp_path):
+def test_avx2_is_what_pytorchs_libraries_are_told():
+    """And what is registered to be done at the end is done, as profilers and coverage need it."""
     code = """if True:
-        import os, runpy, sys
-        leave, sys.argv = os._exit, ["main.py", *sys.argv[1:]]
-        os._exit = lambda status: (print({name: os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-                                                                                 "MKL_ENABLE_INSTRUCTIONS")}, flush=True),
-                                   leave(status))
+        import atexit, os, runpy, sys
+        sys.argv[0] = "main.py"
+        atexit.register(lambda: print(*(os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+                                      "MKL_ENABLE_INSTRUCTIONS")), sys.modules["torch"].backends.cpu.get_cpu_capability()))
         runpy.run_path("main.py", run_name="__main__")"""
-    done = python(code, "--dataset", "folder", "--data-dir", pictures, "--log-dir", tmp_path / "logs", "--epochs", "1", *SMALL,
-                  "--instruction-set", "avx2")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert read_run(only_run(tmp_path)).record["machine"]["instruction_set"] == "AVX2"
-    assert done.stdout.splitlines()[-1] == str(
-        {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"})
+    done = python(code, "--log-dir", REFERENCE, "--instruction-set", "avx2")
+    assert done.returncode == 2
+    assert "is the folder of a run" in one_line(done.stderr)
+    assert done.stdout == "avx2 AVX2 AVX2 AVX2\n"
 
 
 def test_a_resumed_run_keeps_its_instruction_set(run, tmp_path, monkeypatch):
@@ -50,15 +50,53 @@ def test_a_resumed_run_keeps_its_instruction_set(run, tmp_path, monkeypatch):
     assert "--instruction-set avx2 must be known before PyTorch is loaded" in one_line(err)
 
 
-def test_a_missing_package_is_named():
-    done = python("""if True:
-        import importlib.util, sys
-        find, sys.argv = importlib.util.find_spec, ["main.py"]
-        importlib.util.find_spec = lambda name, *given: None if name == "scipy" else find(name, *given)
-        from tinycnn.commands.start import parse_or_exit
-        parse_or_exit()""")
+def test_a_missing_package_and_a_missing_setting_are_named(capsys):
+    assert report(ModuleNotFoundError("No module named 'scipy'", name="scipy")) == 2
+    assert "the package scipy is not installed" in one_line(capsys.readouterr().err)
+    for owner in (Config, Config()):
+        with pytest.raises(AttributeError) as caught:
+            _ = owner.gone
+        assert report(caught.value) == 2
+        assert "config.py has no setting gone" in one_line(capsys.readouterr().err)
+    for bug in (ModuleNotFoundError("No module named 'tinycnn.gone'", name="tinycnn.gone"), AttributeError("gone", obj=3)):
+        assert report(bug) is None
+
+
+def test_the_program_ends_as_python_programs_do(monkeypatch, capsys):
+    def leave(status):
+        raise AssertionError("atexit, profilers and coverage would be left out")
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr(compare, "run", lambda arguments: None)
+    arguments = parse(["compare"])
+    run_or_exit(arguments, None)  # python -i goes on from here
+    monkeypatch.setattr(compare, "run", lambda arguments: 1)
+    with pytest.raises(SystemExit) as end:
+        run_or_exit(arguments, None)
+    assert end.value.code == 1
+    gc.unfreeze()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no /dev/full")
+@pytest.mark.parametrize(("shell", "status", "line"), [
+    ("{} | true", 0, "stopped: the output was closed"), ("{} > /dev/full", 2, "No space left on device"),
+    ("{} >&- 2>&-", 0, "")])
+def test_an_output_that_fails_is_one_line(shell, status, line):
+    code = ("import sys; sys.argv = ['main.py', 'compare']; from tinycnn.commands import start, compare\n"
+            "compare.run = lambda _: print('x')\nstart.run_or_exit(start.parse_or_exit(), None)")
+    line_of_shell = shell.format(f'"{sys.executable}" -c "$0"')
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(["sh", "-c", line_of_shell, code], cwd=ROOT, env=buffered, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.count("\n") == bool(line)
+    assert line in done.stderr
+
+
+@pytest.mark.parametrize("options", [["-I"], ["-P"]])
+def test_main_finds_its_folder_where_python_leaves_it_out(options, tmp_path):
+    done = subprocess.run([sys.executable, *options, ROOT / "main.py", "--wrong"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "the package scipy is not installed" in one_line(done.stderr)
+    assert "unknown argument --wrong" in one_line(done.stderr)
 
 
 def test_an_older_python_is_named():
@@ -74,7 +112,12 @@ def test_an_error_reaches_the_terminal_escaped(capsys):
     assert capsys.readouterr().err == "error: a\\x1b[31m\\u202eb c\n"
 
 
-def test_a_bug_has_its_traceback_and_status_1():
-    done = python("import sys; sys.argv = ['main.py']; from tinycnn.commands.start import parse_or_exit; parse_or_exit(); 1 / 0")
-    assert done.returncode == 1
-    assert "ZeroDivisionError" in done.stderr
+@pytest.mark.parametrize(("error", "status", "last"), [
+    ("1 / 0", 1, "ZeroDivisionError: division by zero"), ("raise MemoryError", 2, "error: out of memory"),
+    ("raise KeyboardInterrupt", 130, "stopped by SIGINT")])
+def test_errors_while_torch_is_loaded_have_their_line_and_a_bug_its_traceback(error, status, last):
+    done = python("import sys; sys.argv = ['main.py']\nfrom tinycnn.commands.start import parse_or_exit\n"
+                  f"parse_or_exit()\n{error}")
+    assert done.returncode == status
+    assert done.stderr.splitlines()[-1].startswith(last)
+    assert ("Traceback" in done.stderr) == (status == 1)

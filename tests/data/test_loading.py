@@ -1,23 +1,31 @@
-"""Which images a config gets; CIFAR-10, there or not."""
+"""Which dataset a config gets; CIFAR-10, there or not."""
 
+import errno
 import hashlib
+import io
 import os
 import pickle
+import shutil
 import socket
-import subprocess
-import sys
+import ssl
+import tarfile
+import threading
 import time
+import urllib.request
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
-from conftest import NO_NETWORK, REFERENCE, ROOT, write_folder
+from conftest import NO_NETWORK, REFERENCE, synthetic, write_folder
 from test_dataset import assert_whole
 
 from config import Config, UserError
 from tinycnn.data import cifar10 as cifar10_module
-from tinycnn.data.loading import BANNER, load_images, resolve_dataset
+from tinycnn.data import loading
+from tinycnn.data.cifar10 import NoConnection
+from tinycnn.data.loading import BANNER, load_ahead, load_dataset, resolve_auto
 from tinycnn.runs.record import read_record
 
 
@@ -26,6 +34,8 @@ def offline(monkeypatch, tmp_path):
     """No network, and a working directory without data."""
     for name, value in NO_NETWORK.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(urllib.request, "_opener", None)  # it would keep the proxies of before
+    monkeypatch.setattr("tinycnn.data.loading.synthetic", synthetic)  # drawn already
     monkeypatch.chdir(tmp_path)
 
 
@@ -34,28 +44,28 @@ def offline(monkeypatch, tmp_path):
 @pytest.mark.usefixtures("offline")
 def test_without_data_and_network_cifar10_ends_with_one_error(tmp_path):
     with pytest.raises(UserError, match=r"could not be downloaded .*--data-dir.*--dataset folder or --dataset synthetic"):
-        load_images("cifar10", str(tmp_path / "none"))
+        load_dataset("cifar10", str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.usefixtures("offline")
 def test_without_data_and_network_auto_is_a_demonstration(tmp_path, capsys):
-    images = load_images("auto", Config.data_dir)
-    assert images.kind == "synthetic"
+    dataset = load_dataset("auto", Config.data_dir)
+    assert dataset.kind == "synthetic"
     out, err = capsys.readouterr()
     assert "could not be downloaded" in err
     assert BANNER in out
-    resolved = resolve_dataset(Config(), images)
+    resolved = resolve_auto(Config(), dataset)
     assert (resolved.dataset, resolved.epochs) == ("synthetic", 5)
-    assert resolve_dataset(Config(epochs=3), images).epochs == 3
-    assert resolve_dataset(Config(dataset="synthetic"), images).epochs == 80
+    assert resolve_auto(Config(epochs=3), dataset).epochs == 3
+    assert resolve_auto(Config(dataset="synthetic"), dataset).epochs == 80
 
 
 @pytest.mark.usefixtures("offline")
 def test_a_named_folder_without_cifar10_is_an_error_not_a_demonstration(tmp_path):
     for name in (tmp_path / "none" / "within", tmp_path):
         with pytest.raises(UserError, match=r"CIFAR-10 is not in .* and could not be downloaded .*--dataset synthetic"):
-            load_images("auto", str(name))
+            load_dataset("auto", str(name))
     assert not list(tmp_path.iterdir())  # of the folders that were made
 
 
@@ -63,12 +73,12 @@ def test_a_named_folder_without_cifar10_is_an_error_not_a_demonstration(tmp_path
 def test_a_folder_of_images_is_recognized(tmp_path, monkeypatch, capsys):
     root = write_folder(tmp_path / "data", 2, 1)
     with pytest.raises(UserError, match=r"could not be downloaded .*: add --dataset folder"):
-        load_images("cifar10", str(root))
-    load_images("auto", "data")
+        load_dataset("cifar10", str(root))
+    load_dataset("auto", "data")
     assert "add --dataset folder" in capsys.readouterr().err
     monkeypatch.setattr("tinycnn.data.loading.cifar10", lambda root: pytest.fail("170 MB were about to be downloaded into it"))
     with pytest.raises(UserError, match=r"data holds train/<class>, not CIFAR-10: add --dataset folder"):
-        load_images("auto", str(root))
+        load_dataset("auto", str(root))
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "auto"])
@@ -76,45 +86,32 @@ def test_a_folder_of_images_is_recognized(tmp_path, monkeypatch, capsys):
 def test_a_damaged_batch_is_an_error_never_a_demonstration(tmp_path, dataset, inner):
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(UserError, match="data_batch_1 is missing"):
-        load_images(dataset, str(tmp_path / inner))
+        load_dataset(dataset, str(tmp_path / inner))
     (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"x")
     with pytest.raises(UserError, match=r"cifar-10-batches-py.data_batch_1 is damaged"):
-        load_images(dataset, str(tmp_path / inner))
+        load_dataset(dataset, str(tmp_path / inner))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+@pytest.mark.usefixtures("offline")
+def test_a_link_to_cifar10_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "cifar-10-batches-py").symlink_to("/gone/disk")
+    with pytest.raises(UserError, match="cifar-10-batches-py is a link to what is not there: repair or remove it"):
+        load_dataset("auto", "data")
 
 
 @pytest.mark.usefixtures("offline")
 def test_leftovers_of_killed_downloads_are_removed_after_a_day(tmp_path):
     old, young = tmp_path / ".download-old", tmp_path / ".download-young"
-    for folder in (old, young):
+    for folder, hours in ((old, 25), (young, 23)):
         folder.mkdir()
         (folder / "cifar-10-python.tar.gz").write_bytes(b"x")
-        os.utime(folder, (time.time() - 25 * 3600,) * 2)
-    os.utime(old / "cifar-10-python.tar.gz", (time.time() - 25 * 3600,) * 2)
+        os.utime(folder, (time.time() - hours * 3600,) * 2)
     with pytest.raises(UserError):
-        load_images("cifar10", str(tmp_path))
+        load_dataset("cifar10", str(tmp_path))
     assert not old.exists()
     assert young.exists()
-
-
-def test_only_a_download_needs_torchvision(tmp_path):
-    """A torchvision that doesn't match torch raises when it is imported."""
-    broken = tmp_path / "broken" / "torchvision"
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
-    write_folder(tmp_path / "pictures", 2, 1)
-    code = f"""if True:
-        import sys; sys.path[:0] = [{str(tmp_path / "broken")!r}, {str(ROOT)!r}]
-        import tinycnn.data.batches
-        from config import UserError
-        from tinycnn.data.loading import load_images
-        print(len(load_images("folder", {str(tmp_path / "pictures")!r}).train), len(load_images("synthetic", "data").train))
-        try:
-            load_images("auto", {str(tmp_path)!r})
-        except UserError as error:
-            print(error)"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
-    assert out[0] == "6 5000"
-    assert "torchvision, which can't be imported (operator torchvision::nms does not exist)" in out[1]
 
 
 def take_for_official(monkeypatch, contents: dict[str, dict]) -> dict[str, bytes]:
@@ -137,7 +134,7 @@ def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypa
     batches = take_for_official(monkeypatch, contents | {"names": {"label_names": ["a", "b", "c"]}})
     for name, data in batches.items():
         (folder / name).write_bytes(data)
-    images = load_images("cifar10", str(tmp_path))
+    images = load_dataset("cifar10", str(tmp_path))
     assert images.class_names == ("a", "b", "c")
     for split, part in ((images.train, slice(0, 7)), (images.test, slice(7, 9))):
         assert np.array_equal(split.images, pixels[part])
@@ -146,44 +143,140 @@ def test_batches_are_read_where_their_md5_is_the_official_one(tmp_path, monkeypa
     for name, whole in batches.items():
         (folder / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
         with pytest.raises(UserError, match=f"{name} is damaged"):
-            load_images("cifar10", str(tmp_path))
+            load_dataset("cifar10", str(tmp_path))
         (folder / name).write_bytes(whole)
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_cifar10_is_downloaded_whole_or_not_at_all(tmp_path, monkeypatch, broken):
+def test_loading_ahead_gives_and_raises_the_same(tmp_path, monkeypatch):
+    contents = {"data": np.zeros((3, 3072), np.uint8), "labels": [0, 1, 2]}
+    batches = take_for_official(monkeypatch, {"one": contents, "test": contents, "names": {"label_names": ["a", "b", "c"]}})
+    config = Config(data_dir=str(tmp_path))
+    load_ahead(config)  # nothing is there, and nothing is downloaded
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for name, data in batches.items():
+        (tmp_path / "cifar-10-batches-py" / name).write_bytes(data)
+    images = load_dataset("auto", str(tmp_path))
+    load_ahead(config)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "cifar10", lambda _: pytest.fail("read twice"))
+        assert load_dataset("auto", str(tmp_path)).fingerprint == images.fingerprint
+    (tmp_path / "cifar-10-batches-py" / "one").write_bytes(b"")
+    load_ahead(config)
+    with pytest.raises(UserError, match="one is damaged"):
+        load_dataset("auto", str(tmp_path))
+
+
+# ---------------------------------------------------------------- downloads
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """A server in the place of CIFAR-10's. Its `answer` is a status, the bytes to send, and how many bytes it announces."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, content, length = server.answer
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    monkeypatch.setattr(cifar10_module, "URL", f"http://127.0.0.1:{server.server_port}/cifar-10-python.tar.gz")
+    for name in NO_NETWORK:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    monkeypatch.chdir(tmp_path)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def archive(monkeypatch) -> bytes:
+    """A small archive like the official one, taken for it."""
     contents = {"one": {"data": np.zeros((2, 3072), np.uint8), "labels": [0, 1]},
                 "test": {"data": np.zeros((1, 3072), np.uint8), "labels": [1]}, "names": {"label_names": ["a", "b"]}}
-    batches, timeouts = take_for_official(monkeypatch, contents), []
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as tar:
+        for name, data in take_for_official(monkeypatch, contents).items():
+            member = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    monkeypatch.setattr(cifar10_module, "ARCHIVE_MD5", hashlib.md5(file.getvalue()).hexdigest())
+    return file.getvalue()
 
-    def download(root, download):
-        assert download
-        timeouts.append(socket.getdefaulttimeout())
-        (Path(root) / "cifar-10-batches-py").mkdir()
-        for name, data in batches.items():
-            (Path(root) / "cifar-10-batches-py" / name).write_bytes(data)
-            if broken:
-                raise OSError("the connection was lost")
 
-    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
-    monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(CIFAR10=download))
-    if broken:
-        with pytest.raises(UserError, match="could not be downloaded"):
-            load_images("cifar10", str(tmp_path / "data"))
-        assert not (tmp_path / "data").exists()
-    else:
-        assert len(load_images("cifar10", str(tmp_path / "data")).train) == 2
-        assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar-10-batches-py"]
-    assert timeouts == [cifar10_module.TIMEOUT]
-    assert socket.getdefaulttimeout() is None
+def test_cifar10_is_downloaded_where_it_is_absent(server, archive):
+    server.answer = 200, archive, len(archive)
+    for _ in range(2):
+        dataset = load_dataset("auto", Config.data_dir)
+        assert (dataset.kind, len(dataset.train), len(dataset.test)) == ("cifar10", 2, 1)
+        assert [path.name for path in Path("data").iterdir()] == ["cifar-10-batches-py"]
+        server.answer = 404, b"", 0  # it is there now
+
+
+@pytest.mark.parametrize(("fault", "words"), [
+    ("error 503", "HTTP Error 503"), ("error 404", "HTTP Error 404"), ("other content", "is not the official archive"),
+    ("lost connection", "is not the official archive"), ("file in its place", "File exists|cannot find|Not a directory"),
+    ("full disk", "No space left on device")])
+def test_a_failed_download_is_an_error_and_no_demonstration(server, archive, monkeypatch, fault, words):
+    size = len(archive)
+    answers = {"error 503": (503, b"", 0), "error 404": (404, b"", 0), "other content": (200, b"x" + archive[1:], size),
+               "lost connection": (200, archive[:100], size)}
+    server.answer = answers.get(fault, (200, archive, size))
+    if fault == "file in its place":
+        Path("data").write_text("x")
+    if fault == "full disk":
+        def full(*_):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(shutil, "copyfileobj", full)
+    with pytest.raises(UserError, match=rf"could not be downloaded \(.*({words}).*\): try again, put cifar-10-batches-py"):
+        load_dataset("auto", Config.data_dir)
+    assert not Path("data").is_dir()
+
+
+def answering(monkeypatch, error: Exception) -> None:
+    def urlopen(*_, timeout):
+        assert timeout == cifar10_module.TIMEOUT
+        raise error
+
+    monkeypatch.setattr(cifar10_module, "urlopen", urlopen)
+
+
+@pytest.mark.parametrize("reason", [
+    socket.gaierror(-3, "name resolution"), ConnectionRefusedError(), TimeoutError("timed out"),
+    OSError(errno.ENETUNREACH, "x"), OSError(errno.EHOSTUNREACH, "x")])
+def test_no_connection_is_a_demonstration(monkeypatch, tmp_path, reason, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinycnn.data.loading.synthetic", lambda: "the built-in set")
+    answering(monkeypatch, URLError(reason))
+    assert load_dataset("auto", Config.data_dir) == "the built-in set"
+    assert BANNER in capsys.readouterr().out
+    with pytest.raises(NoConnection):
+        load_dataset("cifar10", Config.data_dir)
+
+
+@pytest.mark.parametrize("error", [
+    URLError(ssl.SSLCertVerificationError("self-signed")), URLError(OSError("Tunnel connection failed: 403 Forbidden")),
+    URLError(ConnectionResetError()), TimeoutError("timed out"), ConnectionResetError(), OSError(errno.EROFS, "read-only")])
+def test_a_connection_that_fails_later_is_an_error(monkeypatch, tmp_path, error):
+    monkeypatch.chdir(tmp_path)
+    answering(monkeypatch, error)
+    with pytest.raises(UserError, match=r"could not be downloaded .*: try again"):
+        load_dataset("auto", Config.data_dir)
 
 
 # ---------------------------------------------------------------- with CIFAR-10
 
-def test_the_real_cifar10(cifar10, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+def test_the_real_cifar10(cifar10):
     for data_dir in (cifar10, cifar10 / "cifar-10-batches-py"):
-        data = load_images("auto", str(data_dir))
+        data = load_dataset("auto", str(data_dir))
         assert_whole(data, 10)
         assert (data.kind, len(data.train), len(data.test)) == ("cifar10", 50_000, 10_000)
     assert data.class_names[3] == "cat"
@@ -204,4 +297,4 @@ def test_a_flipped_byte_in_a_real_batch_is_named(cifar10, tmp_path):
     (target / "data_batch_3").unlink()
     (target / "data_batch_3").write_bytes(content)
     with pytest.raises(UserError, match="data_batch_3 is damaged"):
-        load_images("cifar10", str(tmp_path))
+        load_dataset("cifar10", str(tmp_path))

@@ -17,16 +17,18 @@ NOISE = (0.1, -0.2, 0.1)
 
 
 def make_finished(log_dir: Path, accuracy: float, seed: int = 0, *, network: dict | None = None, dataset: dict | None = None,
-                  procedure: dict | None = None, validation: int = 0, epochs: int = 80, name: str = "",
+                  edits: dict | None = None, files: dict | None = None, validation: int = 0, epochs: int = 80, name: str = "",
                   stem: str = "2026-01-01_00-00-00", **changes) -> Path:
     """Make the folder of a finished run in log_dir/runs, like the reference but for what is given. A key of `network` that is
-    "absent" is left out."""
+    "absent" is left out. `edits`: the hashes of edited files; without them, the run is older than that. `files`: copies in the
+    folder."""
     reference = read_run(REFERENCE)
     record = copy.deepcopy(reference.record)
     record["number"] = next_number(log_dir)
     record["config"] |= changes | {"name": name, "seed": seed, "validation": validation, "epochs": epochs}
     record["network"] = {key: value for key, value in (record["network"] | (network or {})).items() if value != "absent"}
-    record |= {"procedure": procedure} if procedure else {}
+    record |= {} if edits is None else {"sources": {"version": 1, "edited": edits}}
+    record["network"].pop("identity" if edits is not None else "", None)
     record["dataset"] |= (dataset or {}) | ({"sha256": "held out", "validation": validation} if validation else {})
     rows = [dict(row) for row in reference.rows[:epochs]]
     rows[-1] |= {"test_acc": accuracy}
@@ -37,7 +39,8 @@ def make_finished(log_dir: Path, accuracy: float, seed: int = 0, *, network: dic
         rows[-1] |= {"test_loss": 0.5, "test_acc": accuracy}
     columns = [column for column in FORMATS if validation or not column.startswith("val_")]
     return make_run_folder(log_dir, stem + (f"-{name}" if name else ""), {
-        CONFIG: as_json(record), ACCURACY_LOG: "# run\n" + table(rows, columns), SUMMARY: as_json(summarize(rows))})
+        CONFIG: as_json(record), ACCURACY_LOG: "# run\n" + table(rows, columns), SUMMARY: as_json(summarize(rows)),
+        **(files or {})})
 
 
 def compared(log_dir: Path) -> list[Table]:

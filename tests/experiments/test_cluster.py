@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,15 @@ from conftest import REFERENCE, SMALL, one_line, start_program, weights_of
 
 from config import UserError
 from tinycnn.commands.parser import parse
-from tinycnn.data.loading import load_images
+from tinycnn.data.loading import load_dataset
+from tinycnn.errors import Diverged
 from tinycnn.experiments import cluster
-from tinycnn.experiments.cluster import Marker, train_run
-from tinycnn.experiments.sweep import Outcome, plan_runs
+from tinycnn.experiments.claims import claim
+from tinycnn.experiments.cluster import train_run
+from tinycnn.experiments.sweep import Outcome, find_matching_run, plan_runs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_record, read_run
-from tinycnn.runs.resuming import lock_run
-from tinycnn.training.errors import Diverged
+from tinycnn.runs.run import is_running
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # before Ray is imported
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None or sys.platform == "win32",
@@ -49,7 +50,14 @@ def planned(line):
     plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)[0]
     config = plan[0].config
     with ExitStack() as stack:
-        yield plan[0], load_images(config.dataset, config.data_dir), stack.enter_context(cluster._marked(Path(config.log_dir)))
+        yield plan[0], load_dataset(config.dataset, config.data_dir), stack.enter_context(cluster._marked(Path(config.log_dir)))
+
+
+class AtOnce:
+    """In place of Ray, where a task's reference is its result."""
+
+    get = staticmethod(lambda reference: reference)
+    exceptions = type("exceptions", (), {"RayError": KeyError, "RayTaskError": KeyError})
 
 
 def by_settings(log_dir: Path) -> dict[tuple, bytes]:
@@ -106,26 +114,22 @@ def test_a_worker_writes_to_the_log_folder_where_it_is_shared(planned):
     assert (result.outcome, result.files) == (Outcome.TRAINED, {})
     assert run_state(folder) is RunState.FINISHED
     assert "test_acc" in (folder / "output.txt").read_text()
-    assert result.accuracy == f"{read_run(folder).summary['test_acc']:.2f} % test accuracy"
     [held_out], _ = plan_runs([dataclasses.replace(one.config, validation=6)])
-    judged = train_run(held_out, images, None, marker)
-    run = read_run(Path(one.config.log_dir) / "runs" / judged.folder)
-    assert judged.accuracy == f"{run.summary['val_acc']:.2f} % validation accuracy"
+    for each, name, metric in ((one, "test", "test_acc"), (held_out, "validation", "val_acc")):
+        outcome, told = cluster._collect(AtOnce, train_run(each, images, None, marker), each)
+        assert outcome in (Outcome.TRAINED, Outcome.PRESENT)
+        assert told.startswith(f"{read_run(find_matching_run(each)[1]).summary[metric]:.2f} % {name} accuracy, ")
 
 
 def test_a_run_made_elsewhere_comes_back_whole(planned, tmp_path):
     one, images, marker = planned
     here = train_run(one, images, None, marker)
     log_dir = Path(one.config.log_dir)
-    result = train_run(one, images, None, dataclasses.replace(marker, log_dir=str(tmp_path / "on another machine")))
+    result = train_run(one, images, None, str(tmp_path / "on another machine"))
     assert find_runs(log_dir) == [log_dir / "runs" / here.folder]
     assert not {"checkpoint.pt", "checkpoint.previous.pt", ".lock"} & result.files.keys()
 
-    class Ray:
-        get = staticmethod(lambda reference: reference)
-        exceptions = type("exceptions", (), {"RayError": KeyError})
-
-    outcome, told = cluster._collect(Ray, result, one)
+    outcome, told = cluster._collect(AtOnce, result, one)
     new, old = find_runs(log_dir)
     assert outcome is Outcome.TRAINED
     assert new.name in told
@@ -135,12 +139,29 @@ def test_a_run_made_elsewhere_comes_back_whole(planned, tmp_path):
     assert not list((log_dir / "runs").glob(".new-*"))
 
 
-def test_a_foreign_folder_of_the_same_path_is_not_shared(tmp_path):
-    with cluster._marked(tmp_path) as marker:
-        assert marker.is_here()
-        assert not Marker(marker.log_dir, marker.name, "another").is_here()
-        assert not Marker(str(tmp_path / "elsewhere"), marker.name, marker.token).is_here()
-    assert not marker.is_here()
+def test_a_marker_is_there_for_as_long_as_the_sweep(tmp_path):
+    with cluster._marked(tmp_path) as marker, cluster._marked(tmp_path) as another:
+        assert Path(marker).exists()
+        assert marker != another
+    assert not Path(marker).exists()
+
+
+def test_a_run_that_ended_elsewhere_meanwhile_is_told_as_finished(line, monkeypatch, tmp_path):
+    configs = parse(line("--seeds", "2", "--epochs", "1")).configs
+    plan, _ = plan_runs([dataclasses.replace(config, threads=1) for config in configs])
+
+    def train_the_others(ray, plan, images, outcomes, *_) -> None:
+        assert outcomes == [Outcome.ELSEWHERE, None]
+        with cluster._marked(tmp_path / "logs") as marker:
+            outcomes[1] = train_run(plan[1], images, None, marker).outcome
+            train_run(plan[0], images, None, marker)
+
+    monkeypatch.setattr(cluster, "_import_ray", lambda address: None)
+    monkeypatch.setattr(cluster, "_connected", lambda *_: nullcontext())
+    monkeypatch.setattr(cluster, "_make_missing", train_the_others)
+    with claim(tmp_path / "logs", plan[0].key):
+        _, outcomes = cluster.make_runs_on_ray(configs, "ray", 1, 0, {})
+    assert outcomes == [Outcome.PRESENT, Outcome.TRAINED]
 
 
 @pytest.mark.parametrize(("error", "outcome", "words"), [
@@ -162,19 +183,19 @@ def test_what_goes_wrong_in_a_run_is_its_own(planned, monkeypatch, error, outcom
 
 
 def test_a_worker_needs_neither_images_nor_teachers_files(line, monkeypatch):
-    import main
-    from tinycnn.runs.weights import find_teachers
+    from tinycnn.runs import inputs
+    from tinycnn.runs.weights import load_weights
 
     plan = plan_runs(parse(line("--seeds", "2", "--epochs", "1")).configs)[0]
     config = plan[0].config
-    images, given = load_images(config.dataset, config.data_dir), []
-    monkeypatch.setattr(main, "load_images", lambda *_: pytest.fail("images were read"))
-    monkeypatch.setattr(main, "find_teachers", lambda *_: pytest.fail("a teacher was read"))
-    monkeypatch.setattr(main, "check_teachers", lambda teachers, *_: given.append(teachers) or pytest.skip("it is there"))
-    teachers = find_teachers(dataclasses.replace(config, teacher=str(REFERENCE / "final.safetensors")))
+    images, given = load_dataset(config.dataset, config.data_dir), []
+    monkeypatch.setattr(inputs, "load_dataset", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(inputs, "load_weights", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(inputs, "check_held_out", lambda weights, *_: given.append(weights) or pytest.skip("it is there"))
+    weights = load_weights(dataclasses.replace(config, teacher=str(REFERENCE / "final.safetensors")))
     with cluster._marked(Path(config.log_dir)) as marker, pytest.raises(pytest.skip.Exception):
-        train_run(plan[0], images, teachers, marker)
-    assert given == [teachers]
+        train_run(plan[0], images, weights, marker)
+    assert given == [weights]
 
 
 @needs_ray
@@ -210,7 +231,7 @@ def two_nodes():
 def on_ray(two_nodes, monkeypatch):
     """Where the sweep goes."""
     monkeypatch.setenv("RAY_ADDRESS", two_nodes.address)
-    return ["--on", "ray", "--seeds", "4", "--lr", "0.02,0.05"]
+    return ["--on", "ray", "--seeds", "2", "--lr", "0.02,0.05"]
 
 
 def listening() -> set[str]:
@@ -222,15 +243,15 @@ def listening() -> set[str]:
 
 @needs_ray
 def test_a_sweep_on_two_nodes_gives_the_bits_of_one_here(line, on_ray, command, tmp_path):
-    assert command(*line("--epochs", "1", "--seeds", "4", "--lr", "0.02,0.05", logs="here"))[0] == 0
+    assert command(*line("--epochs", "1", "--seeds", "2", "--lr", "0.02,0.05", logs="here"))[0] == 0
     status, out, err = command(*line("--epochs", "1", *on_ray))
     assert (status, err) == (0, "")
     assert by_settings(tmp_path / "logs") == by_settings(tmp_path / "here")
-    assert len(by_settings(tmp_path / "here")) == 8
-    assert out.count("% test accuracy, ") == 8
+    assert len(by_settings(tmp_path / "here")) == 4
+    assert out.count("% test accuracy, ") == 4
     status, out, _ = command(*line("--epochs", "1", *on_ray))  # nothing is left to do
     assert status == 0
-    assert out.count(": already finished, ") == 8
+    assert out.count(": already finished, ") == 4
 
 
 def kill_a_worker(raylet: int) -> None:
@@ -251,8 +272,8 @@ def kill_a_worker(raylet: int) -> None:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs Linux")
 @pytest.mark.parametrize("lost", ["worker", "node"])
 def test_it_does_with_a_worker_or_a_node_lost(line, on_ray, two_nodes, tmp_path, lost):
-    """Of eight runs of 40 epochs."""
-    here = start_program(*line("--epochs", "40", "--seeds", "4", "--lr", "0.02,0.05", logs="here"))
+    """Of four runs of 40 epochs."""
+    here = start_program(*line("--epochs", "40", "--seeds", "2", "--lr", "0.02,0.05", logs="here"))
     assert here.wait(300) == 0
     node = two_nodes.add_node(**NODE) if lost == "node" else None
     program = start_program(*line("--epochs", "40", *on_ray), interval=0)
@@ -287,12 +308,12 @@ def test_ctrl_c_ends_all_runs_and_repeating_goes_on(line, on_ray, tmp_path):
     assert "stopped by SIGINT; runs in a shared log folder have saved their epochs; repeat the sweep" in one_line(err)
     for folder in find_runs(logs):
         assert run_state(folder) is RunState.UNFINISHED
-        lock_run(folder).close()  # no worker goes on
+        assert not is_running(folder)  # no worker goes on
     before = len(find_runs(logs))
     program = start_program(*line("--epochs", "60", *on_ray[:4]))
     out, err = program.communicate(timeout=300)
     assert (program.returncode, err) == (0, ""), out
-    assert len(find_runs(logs)) == 4 >= before
+    assert len(find_runs(logs)) == 2 >= before
     assert all(run_state(folder) is RunState.FINISHED for folder in find_runs(logs))
 
 
@@ -316,8 +337,8 @@ def test_ray_that_is_started_here_listens_on_the_loopback_interface(line):
 
 def test_status_1_names_what_failed(line, command, monkeypatch):
     plan = plan_runs(parse(line("--seeds", "2")).configs)[0]
-    monkeypatch.setattr("tinycnn.commands.sweep.make_runs_on_ray", lambda *_: (plan, [Outcome.FAILED, Outcome.ELSEWHERE]))
-    monkeypatch.setattr("tinycnn.commands.sweep.compare.run", lambda *_: None)
+    monkeypatch.setattr("tinycnn.experiments.cluster.make_runs_on_ray", lambda *_: (plan, [Outcome.FAILED, Outcome.ELSEWHERE]))
+    monkeypatch.setattr("tinycnn.experiments.selection.compare_runs", lambda *_: None)
     status, out, _ = command(*line("--seeds", "2", "--on", "ray"))
     assert status == 1
     assert "1 failed (seed 0)" in out

@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import math
 import re
 
 import pytest
@@ -10,6 +11,9 @@ from conftest import REFERENCE, one_line
 from made_up_runs import NOISE, compared, make_finished
 
 from tinycnn.experiments.report import as_csv, as_text
+from tinycnn.runs.finding import find_runs
+from tinycnn.runs.log import ACCURACY_LOG
+from tinycnn.runs.record import CONFIG, read_run
 
 
 @pytest.fixture
@@ -86,10 +90,15 @@ def test_how_it_was_judged_is_told_in_words(sweep, tmp_path, make):
 
 
 def test_the_csv_has_the_figures_unrounded(sweep, tmp_path):
+    log = next(folder for folder in find_runs(tmp_path) if '"nesterov": true' in (folder / CONFIG).read_text()) / ACCURACY_LOG
+    head, last = log.read_text().rstrip().rsplit("\n", 1)
+    values, seconds = last.rsplit(maxsplit=1)
+    log.write_text(f"{head}\n{values} {float(seconds) + 3}\n")  # one of three runs took three seconds longer
     rows = list(csv.DictReader(io.StringIO(as_csv(compared(tmp_path)))))
     best = next(row for row in rows if row["differs"] == "epochs 8, lr 0.1, nesterov True")
     assert (best["seeds"], best["count"]) == ("0 to 2", "3")
     assert float(best["test_acc"]) == pytest.approx(88)
+    assert float(best["seconds"]) == pytest.approx(math.fsum(row["seconds"] for row in read_run(REFERENCE).rows[:8]) + 1)
     assert float(best["test_std"]) == pytest.approx(3 ** 0.5 / 10)
     assert float(best["difference"]) == pytest.approx(2)
     assert float(best["standard_error"]) == pytest.approx((0.03 * 2 / 3) ** 0.5)

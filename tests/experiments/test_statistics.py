@@ -8,8 +8,6 @@ import pytest
 from scipy import stats
 
 from tinycnn.experiments.statistics import (
-    LEVEL,
-    POWER,
     UNKNOWN,
     Estimate,
     detectable_difference,
@@ -68,10 +66,10 @@ def test_holms_correction_is_that_of_the_definition():
         p_values = list(rng.uniform(0, 0.1, 6) ** 1.5)
         rejected, order = set(), sorted(range(6), key=lambda place: p_values[place])
         for rank, place in enumerate(order):
-            if p_values[place] > LEVEL / (6 - rank):
+            if p_values[place] > 0.05 / (6 - rank):
                 break
             rejected.add(place)
-        assert {place for place, p in enumerate(holm(p_values)) if p <= LEVEL} == rejected
+        assert {place for place, p in enumerate(holm(p_values)) if p <= 0.05} == rejected
 
 
 @pytest.mark.parametrize(("seeds", "comparisons"), [(2, 1), (3, 1), (3, 8), (10, 4)])
@@ -83,4 +81,4 @@ def test_the_detectable_difference_is_detected_with_the_power_it_promises(seeds,
     one, other = rng.normal(0, 1, (20_000, seeds)), rng.normal(difference, 1, (20_000, seeds))
     p_values = stats.ttest_ind(one, other, axis=1).pvalue
     # The error is not known to the test, so the share is that over all errors it may estimate
-    assert np.mean(p_values <= LEVEL / comparisons) == pytest.approx(POWER, abs=0.015)
+    assert np.mean(p_values <= 0.05 / comparisons) == pytest.approx(0.8, abs=0.015)

@@ -23,7 +23,7 @@ def learned_run() -> Path:
     """A folder with logs/runs/<a run that held images out, and learned> and the pictures that it was trained on."""
     folder, threads = Path(FOLDER.name), torch.get_num_threads()
     write_folder(folder / "pictures", train=110, test=20)
-    line = ["--dataset", "folder", "--data-dir", str(folder / "pictures"), "--log-dir", str(folder / "logs"), "--epochs", "6",
+    line = ["--dataset", "folder", "--data-dir", str(folder / "pictures"), "--log-dir", str(folder / "logs"), "--epochs", "5",
             "--lr", "0.05", "--affine-p", "0", "--coarse-dropout-p", "0", "--validation", "30", *SMALL]
     assert run_line(line) == 0
     torch.set_num_threads(threads)

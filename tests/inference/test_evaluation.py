@@ -1,17 +1,21 @@
 """python main.py test: the figures, and the program around them."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import one_line
-from learned_run import CHANCE, copy_learned_run
-from torch import nn
+from learned_run import CHANCE, copy_learned_run, learned_run
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from benchmarks import paired_images
-from tinycnn.inference.evaluation import evaluate_predictions, expected_calibration_error, report_evaluation
+from tinycnn.inference.evaluation import as_json, as_text, evaluate_predictions, expected_calibration_error
+from tinycnn.inference.loading import Trained
 from tinycnn.runs.record import read_run
+from tinycnn.runs.weights import save_weights
 
 
 def test_the_command_gives_the_figures_of_the_log(command, tmp_path):
@@ -63,40 +67,67 @@ def test_the_calibration_error_by_hand(confidences, correct, expected):
     assert expected_calibration_error(probabilities, labels) == pytest.approx(expected, abs=1e-6)
 
 
-class FixedBatches:
-    """Batches of one test set."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-
-    def in_order(self, split):
-        assert split == "test"
-        return iter([(self.images, self.labels)])
-
-
-class LeftOrRight(nn.Module):
-    """The mean of the left half, and of the right one."""
-
-    def forward(self, images):
-        return torch.stack([images[..., :16].mean((1, 2, 3)), images[..., 16:].mean((1, 2, 3))], 1)
+def test_mirroring_averages_the_logits_of_both(command, tmp_path, monkeypatch):
+    """The sum in place of the mean would keep the accuracy and change the loss."""
+    labels, outputs = torch.tensor([0, 1, 2]), [10 * torch.eye(3), torch.tensor([[0.0, 8, 0], [0, 2, 0], [0, 0, 4]])]
+    monkeypatch.setattr(Trained, "predict", lambda self, mirrored=False: (outputs[mirrored], labels))
+    status, out, _ = command("test", copy_learned_run(tmp_path), "--flip")
+    assert status == 0
+    loss = np.log([1 + np.exp(-1) + np.exp(-5), 1 + 2 * np.exp(-6), 1 + 2 * np.exp(-7)]).mean()
+    assert f"mirrored: accuracy 100.00 %, loss {loss:.4f}" in out
 
 
-def halves() -> FixedBatches:
-    images = torch.zeros(4, 3, 32, 32)
-    images[:2, ..., :16] = 1
-    images[2:, ..., 16:] = 3
-    return FixedBatches(images, torch.tensor([0, 0, 1, 1]))
+def test_the_most_confused_pairs_are_told(monkeypatch):
+    labels, predicted = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([1, 1, 0, 1, 0, 0, 2])
+    evaluation = evaluate_predictions(torch.eye(3)[predicted], labels)
+    assert evaluation.confused == [(0, 1, 2), (1, 0, 1), (2, 0, 1)]
+    assert "most confused: cat as dog 2, dog as cat 1, frog as cat 1" in as_text(evaluation, ("cat", "dog", "frog"))
+    monkeypatch.setattr("tinycnn.inference.evaluation.CONFUSED_PAIRS", 1)
+    assert as_text(evaluation, ("cat", "dog", "frog")).endswith("most confused: cat as dog 2")
+    assert "confused" not in as_text(evaluate_predictions(torch.eye(3)[labels], labels), ("cat", "dog", "frog"))
 
 
-def test_mirroring_averages_the_logits_of_both():
-    text = report_evaluation(LeftOrRight(), halves(), torch.device("cpu"), ("left", "right"), flip=True)
-    assert text.startswith("accuracy 100.00 %")
-    assert "mirrored: accuracy 50.00 %, loss 0.6931" in text  # both logits alike: the first class for all
+def test_json_has_the_figures_of_the_text(command, tmp_path):
+    folder = copy_learned_run(tmp_path)
+    _, text, _ = command("test", folder, "--flip", "--device", "cpu")
+    status, out, err = command("test", folder, "--flip", "--device", "cpu", "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["weights"] == str(folder / "final.safetensors")
+    assert found["images"] == 60
+    for each in (found, found["mirrored"]):
+        assert f"accuracy {each['accuracy']:.2f} %, loss {each['loss']:.4f}, " in text
+        assert f"calibration error {each['calibration_error']:.2f} %" in text
+    for each in found["classes"]:
+        assert f"  {each['class']:6}  {each['accuracy']:6.2f} %\n" in text
+    assert sum(each["images"] for each in found["confused"]) == round(60 * (1 - found["accuracy"] / 100))
+    first = found["confused"][0]
+    assert f"most confused: {first['class']} as {first['as']} {first['images']}" in text
+
+
+def test_a_class_without_images_has_no_accuracy():
+    evaluation = evaluate_predictions(torch.eye(3)[:2], torch.tensor([0, 1]))
+    assert "c     nan %" in as_text(evaluation, "abc")
+    assert as_json(evaluation, "abc")["classes"][2] == {"class": "c", "accuracy": None}
 
 
 def test_names_of_classes_are_escaped():
-    text = report_evaluation(LeftOrRight(), halves(), torch.device("cpu"), ("a\x1b[31m\nb", "\udcff"), flip=False)
+    text = as_text(evaluate_predictions(torch.eye(2), torch.tensor([0, 1])), ("a\x1b[31m\nb", "\udcff"))
     assert [line.split() for line in text.splitlines()[2:]] == [["a\\x1b[31m\\nb", "100.00", "%"], ["\\xff", "100.00", "%"]]
+
+
+def test_outputs_that_are_not_finite_are_no_figures(command, tmp_path):
+    path, image = copy_learned_run(tmp_path) / "final.safetensors", learned_run() / "pictures" / "test" / "disc" / "0.png"
+    tensors = load_file(path)
+    tensors["conv_block1.0.1.weight"] *= 1e38  # finite itself
+    with safe_open(path, "pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items() if "sha256" not in key}
+    save_weights(path, tensors, metadata)
+    predict = ["predict", image, "--run", path]
+    for line in (["test", path], predict, [*predict, "--json"], ["export", path]):
+        status, out, err = command(*line)
+        assert (status, out) == (2, ""), line
+        assert "outputs are not finite numbers" in one_line(err)
 
 
 def test_accuracies_on_the_same_images_are_compared_image_by_image():

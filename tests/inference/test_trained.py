@@ -1,21 +1,22 @@
 """Which weights, network and images a command uses, and what it refuses."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import REFERENCE, ROOT, one_line
+from conftest import REFERENCE, ROOT, SMALL, one_line
 from learned_run import arguments, copy_learned_run, learned_run, rewrite_metadata
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from config import UserError
 from model import Net
-from tinycnn.data.loading import load_images
+from tinycnn.data.loading import load_dataset
 from tinycnn.inference.loading import load_trained
-from tinycnn.inference.network import build_trained_net, load_net_class
+from tinycnn.runs.record import read_run
+from tinycnn.runs.sources import COPIED_FILES, code_hash
 from tinycnn.runs.weights import read_weights, save_weights
-from tinycnn.runs.writer import MODEL_SOURCE
 
 PLAIN = (ROOT / "model.py").read_text()
 OTHER = PLAIN.replace("nn.ReLU(),", "nn.LeakyReLU(0.5),")  # the same parameters, other results
@@ -26,8 +27,8 @@ OTHER = PLAIN.replace("nn.ReLU(),", "nn.LeakyReLU(0.5),")  # the same parameters
 def test_a_run_is_loaded_as_it_was_trained(tmp_path):
     folder = copy_learned_run(tmp_path)
     trained = load_trained(arguments(folder))
-    images = load_images("folder", str(learned_run() / "pictures")).hold_out(30)
-    assert trained.images.fingerprint == images.fingerprint
+    images = load_dataset("folder", str(learned_run() / "pictures")).hold_out(30)
+    assert trained.dataset.fingerprint == images.fingerprint
     assert trained.config.batches == "device"
     assert trained.config.threads >= 1
     assert trained.config.lr == 0.05
@@ -35,9 +36,8 @@ def test_a_run_is_loaded_as_it_was_trained(tmp_path):
     assert trained.device == torch.device("cpu")
     for name, tensor in load_file(folder / "final.safetensors").items():
         assert torch.equal(trained.net.state_dict()[name], tensor)
-    (normalization,) = trained.policies["test"]
-    assert (tuple(normalization.mean), tuple(normalization.std)) == images.statistics
-    assert len(trained.policies["train"]) == 2  # the flip, too
+    right = (trained.predict()[0].argmax(1).numpy() == images.test.labels).mean()
+    assert 100 * right == pytest.approx(read_run(folder).rows[-1]["test_acc"])
 
 
 def test_the_images_are_where_the_run_had_them_unless_others_are_named(tmp_path, pictures, monkeypatch):
@@ -73,41 +73,64 @@ def test_a_run_is_used_that_had_a_setting_which_there_no_longer_is(command, tmp_
 
 def test_committed_weights_have_the_network_of_model():
     for path in REFERENCE.rglob("*.safetensors"):
-        net = build_trained_net(read_weights(path), None)
-        assert not net.training
-        assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+        assert type(read_weights(path).build_net()) is Net
 
 
-def test_another_network_is_told_and_that_of_the_run_used_where_named(command, tmp_path, monkeypatch):
-    """The run was trained with another model.py than the program has now; both have the same parameters."""
+def with_model(folder: Path, text: str, recorded: bool = True) -> Path:
+    """Make the run in `folder` one that was trained with this model.py; older files don't record its hash."""
+    (folder / "model.py").write_text(text)
+    rewrite_metadata(folder / "final.safetensors", model=code_hash(text.encode()) if recorded else None)
+    return folder / "final.safetensors"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_model_that_nobody_knows_is_not_run_unless_it_is_named(command, tmp_path, recorded):
     folder, image = copy_learned_run(tmp_path), learned_run() / "pictures" / "test" / "disc" / "0.png"
-    own = folder / "model.py"
-    assert own.read_text() == PLAIN
+    before = command("test", folder)
+    with_model(folder, f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\n{OTHER}", recorded)
     for verb in ("test", "predict", "export", "plot"):
         line = [verb, *([image, "--run"] if verb == "predict" else []), folder]
-        with monkeypatch.context() as context:
-            context.setattr("tinycnn.inference.network.Net", load_net_class(tmp_path_model(tmp_path, OTHER)))
-            status, out, err = command(*line)
-            assert (status, out) == (2, ""), verb
-            assert (f"{folder / 'final.safetensors'} holds weights of another network than that of model.py: that of the run "
-                    f"lies in {own}; use it with --model {own}") in one_line(err)
-            if verb in ("test", "predict"):
-                given = command(*line, "--model", own)
-                assert (given[0], given[2]) == (0, "")
-        if verb in ("test", "predict"):
-            assert given == command(*line)  # with the network that the program has
+        status, out, err = command(*line)
+        assert (status, out) == (2, ""), verb
+        assert (f"was trained with another model.py than this program's: name that file, if you trust it (--model "
+                f"{folder / 'model.py'}; it is run as code)") in one_line(err)
+    assert not (tmp_path / "ran").exists()
+    given = command("test", folder, "--model", folder / "model.py")
+    assert (given[0], given[2]) == (0, "")
+    assert given[1].splitlines()[1:] != before[1].splitlines()[1:]  # it computes something else
+    assert (tmp_path / "ran").exists()
     assert not list(folder.glob("__pycache__"))
 
 
-def test_the_committed_runs_share_their_model(command, tmp_path, monkeypatch):
-    image, own, block = learned_run() / "pictures" / "test" / "disc" / "0.png", REFERENCE / "model.py", "separable(c128, c128),"
-    edited = tmp_path_model(tmp_path, own.read_text().replace(block, 2 * block))
-    monkeypatch.setattr("tinycnn.inference.network.Net", load_net_class(edited))
-    for folder in (REFERENCE, REFERENCE / "best" / "seed-0"):
-        status, _, err = command("predict", image, "--run", folder)
-        assert status == 2
-        assert f"that of the run lies in {own}; use it with --model {own}" in one_line(err)
-        assert command("predict", image, "--run", folder, "--model", own)[0] == 0
+def test_a_model_that_differs_in_comments_is_ours(tmp_path):
+    folder = copy_learned_run(tmp_path)
+    path = with_model(folder, PLAIN.replace("class Net", "# a comment\nclass Net"))
+    assert type(read_weights(path).build_net()) is Net
+
+
+def test_a_shipped_model_is_run_where_ours_is_another(tmp_path, monkeypatch):
+    path, reference = copy_learned_run(tmp_path) / "final.safetensors", REFERENCE / "fast" / "seed-0" / "final.safetensors"
+    monkeypatch.setitem(COPIED_FILES, "model.py", OTHER.encode())
+    for each in (path, reference):  # the committed runs have one model.py for all, and recorded no hash
+        net = read_weights(each).build_net()
+        assert type(net) is not Net
+        assert type(net).__name__ == "Net"
+    (path.parent / "model.py").unlink()
+    with pytest.raises(UserError, match=r"another model\.py than this program's: name that file.*--model FILE"):
+        read_weights(path).build_net()
+    rewrite_metadata(path, model=None)
+    assert type(read_weights(path).build_net()) is Net
+
+
+def test_a_model_that_was_changed_after_training_is_not_the_runs(tmp_path):
+    """What the weights record says which one is meant, but lets nothing run."""
+    folder = copy_learned_run(tmp_path)
+    (folder / "model.py").write_text(OTHER)
+    assert type(read_weights(folder / "final.safetensors").build_net()) is Net
+    rewrite_metadata(folder / "final.safetensors", model="0" * 16)
+    (folder / "model.py").write_text(PLAIN)
+    with pytest.raises(UserError, match=r"--model FILE"):
+        read_weights(folder / "final.safetensors").build_net()
 
 
 def tmp_path_model(tmp_path, text: str):
@@ -115,24 +138,9 @@ def tmp_path_model(tmp_path, text: str):
     return tmp_path / "edited.py"
 
 
-def test_a_network_that_computes_the_same_is_no_other_one(tmp_path):
-    folder = copy_learned_run(tmp_path)
-    same = tmp_path_model(tmp_path, PLAIN.replace("features", "maps").replace("class Net", "# a comment\nclass Net"))
-    weights = read_weights(folder / "final.safetensors")
-    assert weights.identity
-    build_trained_net(weights, str(same))
-    with pytest.raises(UserError, match=r"another network than that of .*edited\.py: that of the run lies in"):
-        build_trained_net(weights, str(tmp_path_model(tmp_path, OTHER)))
-    (folder / "model.py").unlink()
-    with pytest.raises(UserError, match=r"another network than that of .*edited\.py: undo the edits"):
-        build_trained_net(weights, str(tmp_path_model(tmp_path, OTHER)))
-    rewrite_metadata(folder / "final.safetensors", network=None)  # as it was before identities were kept
-    build_trained_net(read_weights(folder / "final.safetensors"), str(tmp_path_model(tmp_path, OTHER)))
-
-
 def test_an_older_model_needs_no_setting_that_came_later(command, tmp_path):
     folder = copy_learned_run(tmp_path)
-    older = MODEL_SOURCE.decode().replace(", dropout: float = 0.0, width: int = 1)", ")").replace(
+    older = PLAIN.replace(", dropout: float = 0.0, width: int = 1)", ")").replace(
         "super().__init__()", "super().__init__()\n        dropout, width = 0.0, 1")
     before = command("test", folder, "--device", "cpu")
     assert before[0] == 0
@@ -140,17 +148,14 @@ def test_an_older_model_needs_no_setting_that_came_later(command, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("", "has no class Net"), ("Net = 3", "has no class Net"), ("class Net: pass", "has no class Net"),
-    ("def broken(", "can't be imported (SyntaxError"), ("import nothing", "can't be imported (ModuleNotFoundError"),
-    ("1 / 0", "can't be imported (ZeroDivisionError"), ("raise SystemExit(3)", "can't be imported (SystemExit"),
-    ("raise MemoryError", "out of memory"), ("\0", "can't be imported"),
-    ("from torch import nn\nclass Net(nn.Module):\n    pass", "must take num_classes; dropout and width are optional"),
-    ("def Net(*_, **__): return 5", "must return a torch.nn.Module, and returned int"),
-    (PLAIN.replace(".flatten(1)", ""), "the network returns 2 x 3 x 1 x 1 for 2 images")])
+    ("", "has no Net"), ("Net = 3", "does not hold weights of Net"), ("class Net: pass", "does not hold weights of Net"),
+    ("def broken(", "can't be imported, or has no Net (SyntaxError"), ("1 / 0", "has no Net (ZeroDivisionError"),
+    ("raise SystemExit(3)", "has no Net (SystemExit"), ("raise MemoryError", "out of memory"), ("\0", "can't be imported"),
+    ("from torch import nn\nclass Net(nn.Module):\n    pass", "does not hold weights of Net"),
+    (PLAIN.replace(".flatten(1)", ""), "it returns 2 x 3 x 1 x 1 for 2 images, not 2 x 3, a logit for each class"),
+    (PLAIN.replace("channels_out, kernel_size=1", "channels_out + 1, kernel_size=1"), "size mismatch for conv_block1")])
 def test_a_model_that_cannot_be_used_is_one_line(command, tmp_path, text, words):
-    path = copy_learned_run(tmp_path) / "final.safetensors"
-    rewrite_metadata(path, network=None)
-    status, out, err = command("test", path, "--model", tmp_path_model(tmp_path, text))
+    status, out, err = command("test", copy_learned_run(tmp_path), "--model", tmp_path_model(tmp_path, text))
     assert (status, out) == (2, "")
     assert words in one_line(err)
 
@@ -161,6 +166,17 @@ def test_a_model_that_is_not_there_is_one_line(command, tmp_path):
         status, out, err = command("test", folder, "--model", name)
         assert (status, out) == (2, "")
         assert f"--model {name} can't be read" in one_line(err)
+
+
+def test_a_teacher_is_loaded_by_the_same_rule(command, tmp_path):
+    folder = copy_learned_run(tmp_path)
+    line = ["--teacher", folder, "--dataset", "folder", "--data-dir", learned_run() / "pictures", "--validation", "30",
+            "--epochs", "1", "--log-dir", tmp_path / "new", *SMALL]
+    with_model(folder, OTHER)
+    status, _, err = command(*line)
+    assert status == 2
+    assert "was trained with another model.py than this program's" in err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
 
 
 # ---------------------------------------------------------------- what can't be used
@@ -211,13 +227,9 @@ def test_weights_that_cannot_be_used_are_one_line(command, tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     assert "holds no weights of this program" in refused("test")
     save_weights(path, Net(10).state_dict(), metadata)
-    assert "does not hold weights of the network in model.py for 3 classes" in refused()
+    assert "does not hold weights of Net in model.py for 3 classes" in refused()
     for wrong in ({"mean": [0.5]}, {"mean": ["a", "b", "c"]}, {"config": 1}, {"config": {"width": "2"}}):
         save_weights(path, Net(3).state_dict(), metadata | wrong)
         assert "holds no weights of this program" in refused()
-    broken = Net(3)
-    broken.head[1].bias.data[0] = float("nan")
-    save_weights(path, broken.state_dict(), metadata)
-    assert "some of its weights are not numbers" in refused()
     save_weights(path, nn.Linear(2, 2).state_dict(), metadata)
-    assert "does not hold weights of the network" in refused()
+    assert "does not hold weights of Net" in refused()

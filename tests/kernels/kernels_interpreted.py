@@ -13,11 +13,9 @@ from torch.nn import functional as F
 
 from model import separable
 from tinycnn.kernels import launches
-from tinycnn.kernels.loss import fused_loss
 from tinycnn.kernels.network import fuse
-from tinycnn.training.distillation import Distillation
-from tinycnn.training.optimizer import SGD
-from tinycnn.training.step import TrainStep
+from tinycnn.training.distillation import CrossEntropy, Distillation
+from tinycnn.training.steps import fuse_criterion
 
 launches.PROGRAMS = 3  # so that each takes rows several times, and some once more than others
 launches.ENOUGH = 1  # so that each takes as many rows at once as a launch can
@@ -42,7 +40,7 @@ def relative(one: torch.Tensor, other: torch.Tensor) -> float:
 
 torch.manual_seed(0)
 net = small_net()
-images, labels = torch.randn(2, 3, 10, 14).to(memory_format=torch.channels_last), torch.arange(2)
+images, labels = torch.randn(2, 3, 8, 10).to(memory_format=torch.channels_last), torch.arange(2)
 gradients, buffers = {}, {}
 for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("fused", torch.float32)):
     copied = copy.deepcopy(net).to(dtype)
@@ -53,20 +51,17 @@ for name, dtype in (("float64", torch.float64), ("bfloat16", torch.float32), ("f
     gradients[name] = {key: parameter.grad for key, parameter in copied.named_parameters()}
     buffers[name] = {key: buffer for key, buffer in copied.named_buffers() if "num" not in key}
 
-# The loss, its gradients and the metrics: of more rows than the kernel takes at once, with teachers and without
+# The loss and its gradients: of more rows than the kernel takes at once, with teachers and without
 losses = {}
 for classes, smoothing, teachers in ((5, 0.0, 0), (10, 0.1, 0), (600, 0.0, 1), (10, 0.1, 2)):
     logits = (4 * torch.randn(300, classes)).requires_grad_()
-    labels = torch.where(torch.arange(300) % 3 == 0, logits.argmax(1), torch.arange(300) % classes)
-    taught = [3 * torch.randn(300, classes) for _ in range(teachers)]
-    step = TrainStep(nn.Flatten(), SGD([logits], lr=0.0), torch.device("cpu"), smoothing,
-                     Distillation(teachers * [nn.Flatten()], 0.7, 3.0) if teachers else None)
+    labels, taught = torch.arange(300) % classes, [3 * torch.randn(300, classes) for _ in range(teachers)]
+    criterion = Distillation([], 0.7, 3.0, smoothing) if teachers else CrossEntropy(smoothing)
+    criterion.teacher_logits = lambda images, taught=taught: taught
     found = []
-    for compute in (fused_loss(step), step.own_loss):
-        step.metrics.reset()
-        loss = compute(logits, labels, taught)
-        [gradient] = torch.autograd.grad(2 * loss, logits)
-        found.append([loss.detach(), gradient, *step.metrics.sums.clone()])
+    for compute in (fuse_criterion(criterion), criterion):
+        loss = compute(logits, logits, labels)  # the first ones stand for the images
+        found.append([loss.detach(), *torch.autograd.grad(2 * loss, logits)])
     losses[f"{classes} classes, {smoothing}, {teachers} teachers"] = [relative(*each) for each in zip(*found, strict=True)]
 
 # Of four pixels the unbiased variance is a third more than the mean square
@@ -81,7 +76,7 @@ nn.init.constant_(broken[1][0].weight, torch.nan)
 logits = fuse(broken)(images)
 
 print(json.dumps({
-    "not a number": logits.isnan().all().item() and fused_loss(step)(logits, labels[:2], []).isnan().item(),
+    "not a number": [logits.isnan().all().item(), fuse_criterion(CrossEntropy(0.0))(images, logits, labels[:2]).isnan().item()],
     "losses": losses,
     "gradients": {key: [relative(gradients[name][key], exact) for name in ("fused", "bfloat16")]
                   for key, exact in gradients["float64"].items()},

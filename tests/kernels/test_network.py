@@ -7,11 +7,9 @@ import os
 import subprocess
 import sys
 import weakref
-from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import geometric_mean
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,11 +21,10 @@ from model import Net, separable
 
 triton = pytest.importorskip("triton")
 
-from benchmarks import fused_launches  # noqa: E402
 from tinycnn.kernels import network  # noqa: E402
-from tinycnn.kernels.loss import fused_loss  # noqa: E402
 from tinycnn.kernels.network import fuse  # noqa: E402
 from tinycnn.training.distillation import Distillation  # noqa: E402
+from tinycnn.training.steps import fuse_criterion  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
@@ -45,7 +42,7 @@ def test_the_kernels_are_as_near_to_float64_as_pytorch_in_bfloat16():
     assert geometric_mean(ratios.values()) < 1.15
     assert max(ratios.values()) < 2, ratios  # so few pixels that PyTorch's own rounding may be lucky in one of them
     assert all(error < 2e-3 for error in found["buffers"].values())
-    assert found["not a number"]
+    assert found["not a number"] == [True, True]
     assert max(error for errors in found["losses"].values() for error in errors) < 1e-5
 
 
@@ -93,7 +90,6 @@ def test_a_network_in_evaluation_mode_is_fused_as_it_trains(monkeypatch):
     monkeypatch.setattr(F, "dropout", lambda values, p, training: seen.append(training) or dropout(values, p, training))
     fuse(net.to(memory_format=torch.channels_last))
     assert seen == [True]
-    assert not net.training
 
 
 @pytest.mark.parametrize("net", [Net(), Net(dropout=0.1)], ids=["Net", "dropout"])
@@ -185,33 +181,14 @@ def launches(monkeypatch, net: nn.Module, batch_size: int) -> list:
     images = torch.empty(batch_size, 3, 32, 32, device="meta").to(memory_format=torch.channels_last)
     labels, taught = (torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in (
         (batch_size, torch.long), ((batch_size, 10), torch.bfloat16)))
-    step = SimpleNamespace(distillation=Distillation([], 0.9, 4.0), label_smoothing=0.1,
-                           metrics=SimpleNamespace(sums=torch.empty(2, device="meta")))
-    fused_loss(step)(forward(images), labels, [taught]).backward()
+    criterion = Distillation([], 0.9, 4.0, 0.1)
+    criterion.teacher_logits = lambda images: [taught]
+    fuse_criterion(criterion)(images, forward(images), labels).backward()
     return found
 
 
 def test_a_step_takes_few_launches(monkeypatch):
     assert len(launches(monkeypatch, Net(), 128)) <= 65  # PyTorch's eager step has 537 on an H200, with the optimizer
-
-
-def test_the_benchmark_times_each_launch_with_other_settings(monkeypatch):
-    ran = []
-    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run",
-                        lambda self, *args, grid, warmup, **options: ran.append((self.__name__, options)))
-    calls = fused_launches.recorded(32, "meta")
-    times = Counter(name for name, _ in calls)
-    assert [times[name] for names, _ in fused_launches.TRIED.values() for name in names] == [1, 8, 8, 8, 1, 8, 1]
-    for setting, (names, ways) in fused_launches.TRIED.items():
-        for way in ways:
-            monkeypatch.setattr(network.launches, setting, way)
-            for name, arguments in calls:
-                if name in names:
-                    del ran[:]
-                    getattr(network.launches, name)(*arguments)
-                    assert ran[0][0] == name
-                    assert ran[0][1]["ROWS"] <= max(16, way[0])
-                    assert ran[0][1]["num_stages"] == way[1]["num_stages"]
 
 
 class FakeStream:

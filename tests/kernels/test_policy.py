@@ -10,10 +10,12 @@ import albumentations as A
 import pytest
 import torch
 
+from augmentation import test_policy as normalization
+from augmentation import train_policy
 from config import RECIPES, Config
 from tinycnn.data import device_batches
 from tinycnn.data.batches import make_policies
-from tinycnn.data.dataset import Split
+from tinycnn.data.dataset import Dataset, Split
 from tinycnn.data.device_batches import DeviceBatches
 from tinycnn.data.device_policy import DevicePolicy, Unsupported
 
@@ -34,7 +36,7 @@ def test_the_kernel_makes_the_same_bits():
     out = subprocess.run([sys.executable, "tests/kernels/policies_interpreted.py"], cwd=ROOT, check=True, capture_output=True,
                          text=True, env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
     found = json.loads(out.stdout)
-    assert len(found["policies"]) == 11
+    assert len(found["policies"]) == 9
     assert found["different"] == []
 
 
@@ -99,14 +101,14 @@ def launched(monkeypatch, config: Config) -> list[tuple]:
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run",
                         lambda kernel, *args, grid, warmup, **options: calls.append((kernel, args, options)))
     images = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
-    for policy in make_policies(config, MEAN, STD).values():
+    for policy in (train_policy(config, 0, MEAN, STD), normalization(MEAN, STD)):
         fused = FusedPolicy(policy, 32, 32, CPU)
         fused.apply(images, torch.arange(8), fused.sample(torch.rand(8, fused.draws, dtype=torch.float64)))
     return calls
 
 
 def test_a_policy_is_one_launch(monkeypatch):
-    assert len(launched(monkeypatch, Config())) == 3  # of training, validation and test
+    assert len(launched(monkeypatch, Config())) == 2  # of training, and of all others
 
 
 @pytest.mark.parametrize("capability", [75, 80, 90, 100])
@@ -124,15 +126,16 @@ def test_the_kernel_compiles(monkeypatch, capability, changes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [*RECIPES.values(), {"crop_padding": 4, "affine_p": 0.0}], ids=[*RECIPES, "whole crop"])
-def test_a_gpu_makes_the_same_bits(settings, monkeypatch):
+def test_a_gpu_makes_the_same_bits(settings):
     torch.manual_seed(0)
-    images, labels = torch.randint(0, 256, (5000, 32, 32, 3), dtype=torch.uint8).numpy(), torch.arange(5000).numpy() % 10
-    policies = make_policies(Config(**settings | {"teacher": ""}), MEAN, STD)
-    del policies["test"], policies["validation"]
-    split = dict.fromkeys(policies, Split(images, labels))
-    plain, fused = (DeviceBatches(split, policies, 128, 0, torch.device("cuda"), fused=fused) for fused in (False, True))
-    for name in policies:
-        for epoch in (0, 1):
-            for expected, made in zip(plain.shuffled(name, epoch), fused.shuffled(name, epoch), strict=True):
-                assert all(map(torch.equal, expected, made))
-        assert isinstance(fused.policies[name], FusedPolicy)
+    train = Split(torch.randint(0, 256, (5000, 32, 32, 3), dtype=torch.uint8).numpy(), torch.arange(5000).numpy() % 10)
+    dataset = Dataset("folder", ("any",), train, train, train)
+    made = []
+    for kernels in ("pytorch", "fused"):
+        config = Config(**settings | {"teacher": "", "batches": "device", "kernels": kernels, "device": "cuda"})
+        policies = make_policies(config, (MEAN, STD), train_policy, normalization)
+        made.append(DeviceBatches(dataset, *policies, config, torch.device("cuda")))
+    for epoch in (0, 1, config.epochs - 1):
+        for expected, fused in zip(*(batches.train(epoch) for batches in made), strict=True):
+            assert all(map(torch.equal, expected, fused))
+    assert all(isinstance(policy, FusedPolicy) for _, policy in made[1].policies if policy.draws)

@@ -6,8 +6,15 @@ from torch import nn
 
 import model
 from model import Net
-from tinycnn.network.identity import describe_network
 from tinycnn.network.receptive_field import convolutions
+from tinycnn.network.summary import describe_network
+
+
+def test_parameters_multiply_adds_and_receptive_field():
+    assert describe_network(Net()) == {"parameters": 155_434, "multiply_adds": 7_551_488, "receptive_field": 79}
+    net = Net()
+    net.input_block.requires_grad_(False)
+    assert describe_network(net)["parameters"] == 155_434 - 864 - 64
 
 
 def test_an_inserted_stage_shows_in_the_figures():

@@ -4,14 +4,11 @@ import math
 
 import pandas
 import pytest
-import torch
 from conftest import example_record, example_row
 
-from config import Config, UserError
+from config import UserError
 from tinycnn.runs.files import make_run_folder
 from tinycnn.runs.log import FORMATS, AccuracyLog, comments, read_log, table
-from tinycnn.runs.record import read_record
-from tinycnn.runs.writer import start_run
 
 
 def row(epoch: int) -> dict[str, float]:
@@ -73,7 +70,7 @@ def test_the_copy_is_that_of_the_run_started_last(tmp_path):
 
 def test_the_config_line_shows_what_differs_from_the_defaults():
     line = next(line for line in comments("run", example_record(lr=0.05, epochs=3)) if line.startswith("config: "))
-    assert line.startswith("config: epochs=3 lr=0.05 (")
+    assert line.startswith("config: batches='device' epochs=3 lr=0.05 threads=1 (")
 
 
 @pytest.mark.parametrize("content", [
@@ -87,11 +84,24 @@ def test_a_damaged_log_is_named(tmp_path, content):
         read_log(tmp_path / "model_accuracy.log")
 
 
-def test_notes_come_into_the_log_and_into_config_json(tmp_path):
-    net = torch.nn.Linear(1, 1)
-    run = start_run(Config(log_dir=str(tmp_path)), example_record(), net, torch.optim.SGD(net.parameters()))
-    run.start_log("")
-    run.add_notes("captured")
-    run.save_epoch(example_row(0), last=True)
-    assert read_log(run.folder / "model_accuracy.log")[0][-1] == "captured"
-    assert read_record(run.folder)["notes"] == ["captured"]
+def test_a_new_column_stands_before_the_seconds_and_is_read_back(log):
+    """One that main.py adds to its rows, from some epoch on."""
+    log.rows = [row(0), row(1) | {"grad_norm": 1.25}]
+    log.start("")
+    assert log.columns == [*[name for name in FORMATS if name != "seconds"], "grad_norm", "seconds"]
+    rows = read_log(log.folder / "model_accuracy.log")[1]
+    assert math.isnan(rows[0]["grad_norm"])
+    assert rows[1]["grad_norm"] == 1.25
+    assert log.last_row().split()[-2] == "1.25"
+
+
+def test_a_figure_of_many_digits_stays_in_its_column(log):
+    log.rows = [row(0) | {"train_loss": 12345678901234567890.1234, "lr": 1000.0}]
+    lines = log.text().splitlines()[-2:]
+    assert len(lines[0]) == len(lines[1])
+    assert lines[1].split()[2] == "1.23e+19"
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\udcffb"])
+def test_a_comment_is_a_printable_line_whatever_a_run_is_called(name):
+    assert all(line.isprintable() for line in comments(name, example_record()))

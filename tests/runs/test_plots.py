@@ -1,7 +1,6 @@
 """The pictures of a run: that they come, and show what they should; each was looked at by a person."""
 
 import dataclasses
-import errno
 import itertools
 import math
 import os
@@ -9,19 +8,25 @@ import os
 import albumentations as A
 import numpy as np
 import pytest
+import torch
 from conftest import REFERENCE, one_line, only_run, synthetic
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from torch import nn
 
 from augmentation import train_policy
-from config import Config, UserError
-from tinycnn.data.dataset import Images, Split
-from tinycnn.runs import files, plots
+from config import Config
+from model import Net
+from tinycnn.data.dataset import Dataset, Split
+from tinycnn.inference.loading import Trained
+from tinycnn.inference.pictures import draw_pictures
+from tinycnn.runs import plots
+from tinycnn.runs.drawing import drawing, save
 from tinycnn.runs.record import Run, read_run
+from tinycnn.runs.weights import Weights
 
-NAMES = {"accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png"}
-STAGES = {"first": 3, "second": 7, "third": 31, "last": 79}
+NAMES = {"accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png", "filters.png"}
 
 
 def words(figure: Figure) -> set[str]:
@@ -39,16 +44,12 @@ def overlapping(figure: Figure) -> list[tuple[str, str]]:
             if boxes[one].overlaps(boxes[other])]
 
 
-def made_up(classes: tuple[str, ...]) -> tuple[Images, A.Compose, np.ndarray]:
-    """Drawn images with the names of these classes, a policy, and probabilities that are wrong for a third of them."""
-    images, count = synthetic(), 40
-    labels = np.arange(count) % len(classes)
-    train, test = Split(images.train.images[:count], labels), Split(images.test.images[:count], labels)
-    probabilities = np.full((count, len(classes)), 0.5 / len(classes))
-    probabilities[np.arange(count), (labels + (np.arange(count) % 3 == 0)) % len(classes)] += 0.5
-    mean, std = images.statistics
-    images = dataclasses.replace(images, class_names=classes, train=train, test=test)
-    return images, train_policy(Config(), mean, std), probabilities
+def made_up(classes: tuple[str, ...]) -> tuple[Dataset, A.Compose]:
+    """Drawn images with the names of these classes, and a policy."""
+    images, labels = synthetic(), np.arange(40) % len(classes)
+    train, test = Split(images.train.images[:40], labels), Split(images.test.images[:40], labels)
+    policy = train_policy(Config(), 0, *images.statistics)
+    return dataclasses.replace(images, class_names=classes, train=train, test=test), policy
 
 
 def reference_run(folder) -> Run:
@@ -57,8 +58,8 @@ def reference_run(folder) -> Run:
 
 
 def test_a_run_ends_with_its_pictures_and_plot_draws_them_again(run, command, tmp_path):
-    status, out, _ = run("--epochs", "1", "--pictures")
-    assert status == 0
+    status, out, err = run("--epochs", "1", "--pictures")
+    assert (status, err) == (0, "")
     assert "Pictures: accuracy.png, confusion_matrix.png" in out
     folder = only_run(tmp_path)
     assert {path.name for path in folder.glob("*.png")} == NAMES
@@ -66,14 +67,25 @@ def test_a_run_ends_with_its_pictures_and_plot_draws_them_again(run, command, tm
     for path in folder.glob("*.png"):
         picture = Image.open(path)
         assert picture.info["dpi"] == pytest.approx((150, 150), abs=0.1)
-        pixels = np.asarray(picture.convert("RGB"))
-        assert min(pixels.shape[:2]) >= 300
-        assert len(picture.convert("RGB").getcolors(pixels.size)) > 20
-        first[path.name] = pixels
+        first[path.name] = np.asarray(picture.convert("RGB"))
+        assert min(first[path.name].shape[:2]) >= 300
+        assert len(picture.convert("RGB").getcolors(first[path.name].size)) > 20
         path.unlink()
     assert command("plot", "--log-dir", tmp_path / "logs", "--device", "cpu")[0] == 0
     for name, pixels in first.items():
         assert np.array_equal(pixels, np.asarray(Image.open(folder / name).convert("RGB"))), name
+
+
+def test_pictures_that_cannot_be_drawn_are_lines_and_the_run_is_finished(run, tmp_path, monkeypatch):
+    def fail(*arguments: object) -> Figure:
+        raise RuntimeError("no LaTeX")
+
+    monkeypatch.setattr(plots, "accuracy", fail)
+    status, out, err = run("--epochs", "1", "--pictures")
+    assert status == 0
+    assert one_line(err).endswith("accuracy.png could not be drawn (no LaTeX)\n")
+    assert "Next: python main.py" in out
+    assert {path.name for path in only_run(tmp_path).glob("*.png")} == NAMES - {"accuracy.png"}
 
 
 def test_a_run_without_pictures_has_none(run, tmp_path):
@@ -91,13 +103,13 @@ def test_what_cannot_be_plotted_is_one_line(run, command, tmp_path, pictures):
     assert run("--epochs", "1")[0] == 0
     folder = only_run(tmp_path)
     assert "there is no run 'nothing'" in plot("nothing")
+    assert "is no run: pictures are drawn of a run" in plot(folder / "final.safetensors")
     assert "nowhere: name the folder that holds them with --data-dir" in plot("--data-dir", tmp_path / "nowhere")
     other = tmp_path / "other"
     for source in pictures.rglob("*.png"):
         target = other / source.relative_to(pictures)
         target.parent.mkdir(parents=True, exist_ok=True)
         Image.open(source).rotate(90).save(target)
-    assert "was trained on: name their folder" in plot("--data-dir", other)
     (folder.parent / "9999-holiday").mkdir()  # newest by its name, and no run
     assert "was trained on: name their folder" in plot("--data-dir", other)
     whole = (folder / "config.json").read_text()
@@ -111,123 +123,133 @@ def test_what_cannot_be_plotted_is_one_line(run, command, tmp_path, pictures):
     assert "is not finished" in plot(folder.name)
 
 
-def test_the_confusion_matrix_counts(tmp_path, saved):
+def test_the_confusion_matrix_counts():
     labels, predicted = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 1, 0])
-    plots.draw_confusion_matrix(labels, predicted, ("cat", "dog", "frog"), tmp_path / "it.png")
-    assert {"66.7", "100.0", "0.0", "all: 66.67 %", "cat", "dog", "frog"} <= words(saved[0])
-    left = saved[0].axes[0]
-    cells = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in left.texts}
+    figure = plots.confusion_matrix(labels, predicted, ("cat", "dog", "frog"))
+    assert {"Test images: 66.67 % right (blue); mistakes in orange", "cat", "cat  66.7 %", "dog  100.0 %", "frog  0.0 %"
+            } <= words(figure)
+    cells = {(round(text.get_position()[1]), round(text.get_position()[0])): text.get_text() for text in figure.axes[0].texts}
     assert cells == {(0, 0): "2", (0, 1): "1", (1, 1): "2", (2, 0): "1"}  # (true, predicted)
 
 
-def test_rare_mistakes_can_be_told_apart_in_the_confusion_matrix(tmp_path, saved):
+def test_rare_mistakes_can_be_told_apart_in_the_confusion_matrix():
     """Of a class that is right in 94 % of cases: no, 1 %, 2 % and 3 % mistakes have colours that differ."""
     predicted = np.repeat([0, 1, 2, 3], [94, 1, 2, 3])
-    plots.draw_confusion_matrix(np.zeros(100, dtype=int), predicted, ("a", "b", "c", "d", "e"), tmp_path / "it.png")
-    mistaken = saved[0].axes[0].images[0]
+    figure = plots.confusion_matrix(np.zeros(100, dtype=int), predicted, ("a", "b", "c", "d", "e"))
+    mistaken = figure.axes[0].images[0]
     colours = mistaken.to_rgba(mistaken.get_array())[0, 1:, :3]
     assert all(abs(one - other).sum() > 0.3 for one, other in itertools.combinations(colours, 2))
 
 
-@pytest.mark.parametrize(("classes", "numbers"), [(20, 40), (21, 0)])
-def test_a_confusion_matrix_of_many_classes_has_no_numbers(classes, numbers, tmp_path, saved):
-    labels = np.arange(40 * classes) % classes
-    predicted = np.where(np.arange(40 * classes) < classes, 0, labels)
-    plots.draw_confusion_matrix(labels, predicted, [f"class {number}" for number in range(classes)], tmp_path / "it.png")
-    left, right, *scale = saved[0].axes
-    assert len(left.texts) == max(numbers - 1, 0)  # a class is never mistaken for the first but by the others
-    assert len(right.texts) == (classes if numbers else 0)
+@pytest.mark.parametrize(("classes", "numbers"), [(20, 20), (21, 0)])
+def test_a_confusion_matrix_of_many_classes_has_a_scale_instead_of_numbers(classes, numbers):
+    labels = np.arange(2 * classes) % classes
+    axes, *scale = plots.confusion_matrix(labels, labels, [f"class {number}" for number in range(classes)]).axes
+    assert len(axes.texts) == numbers
     assert bool(scale) is not bool(numbers)
-    assert f"class {classes - 1}" in words(saved[0])
 
 
-def test_mistakes_are_the_most_confident_wrong_ones(tmp_path, saved):
-    test = Split(synthetic().test.images[:50], np.zeros(50, dtype=np.int64))
-    probabilities = np.tile([0.6, 0.4], (50, 1))
-    probabilities[:40] = [[1 - p, p] for p in np.linspace(0.501, 0.9, 40)]
-    plots.draw_mistakes(test, probabilities, ("cat", "dog"), tmp_path / "it.png")
-    drawn = words(saved[0])
-    assert {"predicted dog\nwith 90.0 %", "is cat",
-            "The 36 wrong predictions made with most confidence, of 40 wrong ones"} <= drawn
-    assert "predicted dog\nwith 50.1 %" not in drawn
-    assert not any(text.startswith("predicted cat") for text in drawn)
-    (picture,) = saved[0].axes[0].images
-    assert np.array_equal(picture.get_array()[:32, :32], test.images[39])  # the most confident one comes first
-    plots.draw_mistakes(test, probabilities[:, ::-1] * 0 + [0.9, 0.1], ("cat", "dog"), tmp_path / "none.png")
-    assert "The 0 wrong predictions made with most confidence, of 0 wrong ones" in words(saved[1])
+def test_mistakes_are_grouped_by_confused_pair():
+    probabilities = np.array([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1], [0.8, 0.1, 0.1], [0.1, 0.0, 0.9], [0.7, 0.2, 0.1]])
+    labels = np.array([1, 1, 1, 0, 1])
+    pairs = plots.confused_pairs(labels, probabilities)
+    assert pairs == [[2, 4, 0], [3]]  # two pairs; the more frequent first, its most confident image first
+    assert plots.drawn_mistakes([[*range(10)]] * 12) == [0, 1, 2, 3] * 9
+    test = Split(synthetic().test.images[:5], labels)
+    maps = {index: np.arange(12.0).reshape(3, 2, 2) + index for index in (2, 4, 0, 3)}
+    figure = plots.mistakes(test, probabilities, ("cat", "dog", "frog"), pairs, maps)
+    assert {"dog taken for cat: 3", "cat taken for frog: 1", "image 2", "cat\n80.0 %", "dog\n10.0 %"} <= words(figure)
+    assert "image 1" not in words(figure)
+    image, _, of_predicted, _, of_true = figure.axes[0].images[:5]  # each map lies on a grey image
+    assert np.array_equal(image.get_array(), test.images[2])
+    assert np.array_equal(of_predicted.get_array(), maps[2][0])
+    assert np.array_equal(of_true.get_array(), maps[2][1])
+    assert len(plots.mistakes(test, probabilities, ("cat", "dog", "frog"), pairs, {}).axes[0].images) == 4
+    assert any(text.startswith("0 mistakes") for text in words(plots.mistakes(test, probabilities, ("a", "b", "c"), [], {})))
 
 
-def test_augmentation_names_the_classes(tmp_path, saved):
-    images, policy, _ = made_up(tuple(f"kind {number}" for number in range(12)))
-    plots.draw_augmentation(images.train, policy, images.class_names, tmp_path / "it.png", columns=4)
-    assert {"original", "kind 0", "kind 9",
-            "A training image of 10 of the 12 classes, and 4 augmented copies of it"} <= words(saved[0])
-    assert "kind 10" not in words(saved[0])
-    pixels = saved[0].axes[0].images[0].get_array()
-    first = images.train.images[0]
-    assert np.array_equal(pixels[:32, :32], first)
-    assert not all(np.array_equal(pixels[:32, x:x + 32], first) for x in (35, 70, 105, 140))
+def test_pictures_of_another_head_have_no_maps_and_say_why(tmp_path, capsys):
+    images, _ = made_up(("cat", "dog"))
+    run = reference_run(tmp_path / "it")
+    for name in ("config.json", "model_accuracy.log"):
+        (run.folder / name).write_bytes((REFERENCE / name).read_bytes())
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+
+    class Grey(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, batch):
+            return self.net(batch[:, :1])
+
+    mean, std = images.statistics
+    weights = Weights(run.folder / "final.safetensors", {}, images.class_names, mean, std, {}, None, None, "")
+    draw_pictures(Trained(weights, Grey(), images, Config(batches="device"), torch.device("cpu")))
+    out, err = capsys.readouterr()
+    assert {path.name for path in run.folder.glob("*.png")} == NAMES - {"filters.png"}
+    assert "mistakes.png" in out
+    first, second = err.splitlines()
+    assert first.startswith("mistakes.png lacks where the network looked: the network has no class activation maps")
+    assert second == "it/filters.png could not be drawn (the network has no convolution of 3 channels)"
 
 
-@pytest.mark.parametrize("side", [24, 40])
-def test_augmentation_may_change_the_size(tmp_path, saved, side):
-    images, _, _ = made_up(("cat", "dog"))
-    plots.draw_augmentation(images.train, A.Compose([A.Resize(side, side)]), images.class_names, tmp_path / "it.png", columns=2)
-    (axes,) = saved[0].axes
-    pixels, largest = axes.images[0].get_array(), max(side, 32)
-    margins = [(largest - each) // 2 for each in (32, side)]
-    assert pixels.shape == (2 * largest + 3, 3 * largest + 6, 3)
-    assert [patch.get_xy() for patch in axes.patches] == [(margins[0], margins[0]), (margins[0], margins[0] + largest + 3)]
-    assert np.array_equal(pixels[margins[0]:, margins[0]:][:32, :32], images.train.images[0])
-    resized = A.Resize(side, side)(image=images.train.images[0])["image"]
-    assert np.array_equal(pixels[margins[1]:, largest + 3 + margins[1]:][:side, :side], resized)
-
-
-def test_curves_show_a_validation_too(tmp_path, saved, run):
-    assert run("--epochs", "2", "--validation", "9", "--pictures")[0] == 0
-    drawn = words(saved[0])
-    assert {"accuracy, %", "loss, nats per image", "learning rate", "epoch"} <= drawn
-    final = read_run(only_run(tmp_path)).rows[-1]
-    assert {f"validation {final['val_acc']:.2f}", f"test {final['test_loss']:.2f}",
-            f"training {final['train_acc']:.2f}"} <= drawn
+@pytest.mark.parametrize("side", [24, 32, 40])
+def test_augmentation_shows_copies_of_any_size(side):
+    images, _ = made_up(tuple(f"kind {number}" for number in range(12)))
+    policy = A.Compose([A.Resize(side, side), A.InvertImg(p=1.0), A.Normalize()])
+    figure = plots.augmentation(images.train, policy, images.class_names, columns=2)
+    assert {"original", "kind 0", "kind 9", "A training image of 10 of the 12 classes, and 2 augmented copies of it"
+            } <= words(figure)
+    original, copy = (image.get_array() for image in figure.axes[0].images[:2])
+    assert np.array_equal(original, images.train.images[0])
+    assert np.array_equal(copy, 255 - A.Resize(side, side)(image=images.train.images[0])["image"])
+    extents = [image.get_extent() for image in figure.axes[0].images]  # left, right, bottom, top
+    assert all(one[1] < other[0] or one[2] < other[3] for one, other in itertools.pairwise(extents))
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 80])
-def test_curves_are_labelled_at_their_ends(epochs, tmp_path, saved):
-    run = reference_run(tmp_path / "it")
+def test_curves_are_labelled_at_their_ends(epochs, tmp_path):
+    run, reference = reference_run(tmp_path / "it"), read_run(REFERENCE)
     rows = [row | {"val_acc": row["test_acc"] + 0.01, "val_loss": row["test_loss"]} for row in run.rows[:epochs]]
-    plots.draw_accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
-    upper, middle, lower = saved[0].axes
+    figure = plots.accuracy(dataclasses.replace(run, rows=rows), reference)
+    upper, middle, lower = figure.axes
+    lines = {"training": "train", "validation": "val", "test": "test", "reference, test": "test"}
     for axes, metric in ((upper, "acc"), (middle, "loss")):
         ends = {text.get_text(): text.xy for text in axes.texts}
-        assert ends == {f"{name} {rows[-1][f'{split}_{metric}']:.2f}": (epochs - 1, rows[-1][f"{split}_{metric}"])
-                        for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))}
-    assert not overlapping(saved[0])
+        last = {name: rows[-1][f"{split}_{metric}"] for name, split in lines.items()}
+        assert ends == {f"{name} {value:.2f}": (epochs - 1, value) for name, value in last.items()}
+    with drawing("it"):
+        assert not overlapping(figure)
     assert all(tick == round(tick) for tick in lower.get_xticks())
 
 
-def test_receptive_fields_are_drawn_to_size(tmp_path, saved):
-    plots.draw_receptive_field(synthetic().test.images[0], STAGES, tmp_path / "it.png")
-    (axes,) = saved[0].axes
-    assert {"first: 3 x 3", "last: 79 x 79", "padding"} <= words(saved[0])
-    padding, *squares = axes.patches
-    assert [(square.get_x() + square.get_width() / 2, square.get_width()) for square in squares] == [
-        (16, field) for field in STAGES.values()]
-    assert padding.get_hatch()
-    left, right = axes.get_xlim()
-    assert left <= 16 - 79 / 2
-    assert right >= 16 + 79 / 2
-    assert not overlapping(saved[0])
+def test_a_shorter_reference_and_a_diverged_loss(tmp_path):
+    run, reference = reference_run(tmp_path / "it"), read_run(REFERENCE)
+    rows = [*run.rows[:3], run.rows[3] | {"train_loss": math.nan, "test_loss": math.inf}]
+    drawn = words(plots.accuracy(dataclasses.replace(run, rows=rows), dataclasses.replace(reference, rows=reference.rows[:2])))
+    assert {f"training {rows[2]['train_loss']:.2f}", f"reference, test {rows[1]['test_acc']:.2f}"} <= drawn
+    assert not any(text.startswith("reference") for text in words(plots.accuracy(run)))
 
 
-def test_receptive_fields_within_the_image_have_no_padding_and_huge_ones_leave_it_large(tmp_path, saved):
-    image = synthetic().test.images[0]
-    plots.draw_receptive_field(image, {"first": 3}, tmp_path / "it.png")
-    assert "padding" not in words(saved[0])
-    plots.draw_receptive_field(image, {"first": 3, "last": 427}, tmp_path / "it.png")
-    assert "last: 427 x 427, beyond the picture" in words(saved[1])
-    left, right = saved[1].axes[0].get_xlim()
-    assert right - left < 100
+def test_receptive_fields_fill_the_image_and_are_clipped_at_it():
+    figure = plots.receptive_fields(synthetic().test.images[0], {"first": 3, "second": 31, "third": 47, "last": 79})
+    (axes,) = figure.axes
+    assert [(square.get_xy(), square.get_width()) for square in axes.patches] == [
+        ((14.5, 14.5), 3), ((0.5, 0.5), 31), ((0, 0), 32), ((0, 0), 32)]
+    assert (axes.get_xlim(), axes.get_ylim()) == ((0, 32), (32, 0))
+    assert {"first: 3 x 3", "last: 79 x 79"} <= words(figure)
+    with drawing("it"):
+        assert not overlapping(figure)
+
+
+def test_filters_are_the_kernels_of_the_first_convolution_each_scaled_by_itself():
+    weights = Net().input_block[0].weight.detach().numpy()
+    images = plots.filters(weights, "input_block.0").axes[0].images
+    assert len(images) == 32
+    kernel, drawn = weights[5], images[5].get_array()
+    assert (drawn.min(), drawn.max()) == (0, 1)
+    assert np.allclose(drawn, ((kernel - kernel.min()) / (kernel.max() - kernel.min())).transpose(1, 2, 0))
 
 
 ODD_NAMES = ("$cat$", "$x_{", "猫\U0001f9f6", os.fsdecode(b"b\xff"), "two\nlines", "\x1b[31m", "%d {} \\frac",
@@ -235,51 +257,25 @@ ODD_NAMES = ("$cat$", "$x_{", "猫\U0001f9f6", os.fsdecode(b"b\xff"), "two\nline
 
 
 @pytest.mark.filterwarnings("error")
-def test_names_are_drawn_as_plain_text(tmp_path, saved, capfd):
-    images, policy, probabilities = made_up(ODD_NAMES)
+def test_names_are_drawn_as_plain_text(tmp_path, saved, capsys):
+    images, policy = made_up(ODD_NAMES)
     run = reference_run(tmp_path / "2026-01-01-$\\frac{猫")
     run.record["dataset"]["kind"] = "folder"
-    assert set(plots.draw_all(run, images, policy, probabilities, {"$a$": 3})) == NAMES
-    assert {path.name for path in run.folder.iterdir()} == NAMES
-    assert capfd.readouterr() == ("", "")
+    labels, probabilities = images.test.labels, np.eye(8)[(images.test.labels + 1) % 8]
+    with drawing("them"):
+        for figure in (plots.accuracy(run), plots.confusion_matrix(labels, labels, ODD_NAMES),
+                       plots.mistakes(images.test, probabilities, ODD_NAMES, plots.confused_pairs(labels, probabilities), {}),
+                       plots.augmentation(images.train, policy, ODD_NAMES),
+                       plots.receptive_fields(images.test.images[0], {"$a$": 3})):
+            save(figure, tmp_path / "it.png")
+        assert not overlapping(saved[2])
+        assert not overlapping(saved[3])
+    assert capsys.readouterr() == ("", "")
     accuracy, matrix, mistakes, augmentation, field = map(words, saved)
     names = {"$cat$", "$x_{", "b\\xff", "two\\nlines", "\\x1b[31m", "%d {} \\frac"}
     assert names <= matrix
     assert names <= augmentation
-    assert {f"is {name}" for name in names} <= mistakes
+    assert {f"{name}\n0.0 %" for name in names} <= mistakes
     assert any(text.startswith("2026-01-01-$\\frac{") for text in accuracy)
     assert "$a$: 3 x 3" in field
     assert not any(text.get_parse_math() for figure in saved for text in figure.findobj(Text) if "$" in text.get_text())
-
-
-def test_a_full_disk_names_the_picture_and_leaves_the_old_one(tmp_path, monkeypatch):
-    images, policy, probabilities = made_up(("cat", "dog"))
-    run = reference_run(tmp_path / "it")
-    (run.folder / "mistakes.png").write_bytes(b"old")
-    real = os.replace
-
-    def full(source, target):
-        if str(target).endswith("mistakes.png"):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(source, target)
-
-    monkeypatch.setattr(files.os, "replace", full)
-    with pytest.raises(UserError, match=r"mistakes\.png could not be written \(No space left on device\)"):
-        plots.draw_all(run, images, policy, probabilities, STAGES)
-    assert (run.folder / "mistakes.png").read_bytes() == b"old"
-    assert {path.name for path in run.folder.iterdir()} == {"accuracy.png", "confusion_matrix.png", "mistakes.png"}
-
-
-def test_the_texts_of_mistakes_and_augmentation_keep_apart(tmp_path, saved):
-    images, policy, probabilities = made_up(("an automobile", "a name of more than twenty-four letters", "猫" * 20))
-    plots.draw_mistakes(images.test, probabilities, images.class_names, tmp_path / "it.png")
-    plots.draw_augmentation(images.train, policy, images.class_names, tmp_path / "it.png")
-    assert not overlapping(saved[0])
-    assert not overlapping(saved[1])
-
-
-def test_a_diverged_loss_leaves_a_gap(tmp_path, saved):
-    run = reference_run(tmp_path / "it")
-    rows = [*run.rows[:3], run.rows[3] | {"train_loss": math.nan, "test_loss": math.inf}]
-    plots.draw_accuracy(dataclasses.replace(run, rows=rows), tmp_path / "it.png")
-    assert f"training {rows[2]['train_loss']:.2f}" in words(saved[0])

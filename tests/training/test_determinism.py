@@ -2,16 +2,8 @@
 
 import pytest
 import torch
-from fake_cuda import CUDA, Launches, fake_cuda, to_fake_cuda
-from test_fake_cuda import fake_batches
-from tqdm import tqdm
-
-from config import Config
-from model import Net
-from tinycnn.training.distillation import Distillation
-from tinycnn.training.epoch import evaluate, train_epoch
-from tinycnn.training.optimizer import SGD
-from tinycnn.training.step import TrainStep
+from fake_cuda import Launches, fake_cuda
+from test_fake_cuda import Training
 
 # Each thread writes a place of its own. Names without their underscores
 ELEMENTWISE = """to_copy copy clone cat stack flip where arange eye zeros zeros_like ones_like fill zero scalar_tensor
@@ -30,14 +22,10 @@ CUDNN = {"convolution", "convolution_backward", "cudnn_batch_norm", "cudnn_batch
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("bfloat16", [True, False])
 def test_each_operation_of_an_epoch_and_a_test_was_checked(bfloat16):
-    config = Config(batches="device", crop_padding=2)
-    with fake_cuda(bfloat16), Launches() as launches, tqdm(disable=True) as bar:
-        net = to_fake_cuda(Net(dropout=0.2))
-        optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-3, fused=True)
-        step = TrainStep(net, optimizer, CUDA, 0.1, Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0))
-        batches = fake_batches(config)
-        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.1, bar)
-        evaluate(net, batches.in_order("test"), CUDA)
+    with fake_cuda(bfloat16), Launches() as launches:
+        training = Training(distill=True, crop_padding=2, weight_decay=1e-3, capture="off")
+        training.epoch()
+        training.test()
     names = {name.strip("_") for name in launches.kernels}
     assert names <= set(ELEMENTWISE.split()) | READ_BY_INDEX | FIXED_SUMS | CUDNN
     assert {"mean", "convolution_backward", "nll_loss_backward"} <= names

@@ -1,6 +1,7 @@
 """Distillation: the loss, and steps with it."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,11 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from main import train_step
 from tinycnn.training.capture import CapturedStep
 from tinycnn.training.distillation import Distillation
-from tinycnn.training.step import TrainStep
-
-CPU = torch.device("cpu")
 
 
 def network(seed: int) -> nn.Sequential:
@@ -37,8 +36,7 @@ def test_the_loss_is_hintons(batch, weight, temperature):
     images, labels = batch
     net, logits = network(0), network(1)(images)
     loss = F.cross_entropy(logits, labels)
-    distillation = Distillation([net], weight, temperature)
-    found = distillation.loss(loss, logits, distillation.teacher_logits(images))
+    found = Distillation([net], weight, temperature)(images, logits, labels)
     teacher, student = softened(net(images), temperature), softened(logits, temperature)
     divergence = (teacher * np.log(teacher / student)).sum(1).mean()
     assert found.item() == pytest.approx((1 - weight) * loss.item() + weight * temperature**2 * divergence, rel=1e-5)
@@ -49,8 +47,7 @@ def test_several_teachers_are_the_mean_of_their_softened_predictions(batch):
     nets, logits = [network(seed) for seed in (0, 2, 3)], 5 * network(1)(images)
     for net in nets[1:]:
         net[-1].weight.data *= 50  # so that their predictions differ
-    distillation = Distillation(nets, 1.0, 4.0)
-    found = distillation.loss(F.cross_entropy(logits, labels), logits, distillation.teacher_logits(images))
+    found = Distillation(nets, 1.0, 4.0)(images, logits, labels)
     mean = np.mean([softened(net(images), 4.0) for net in nets], axis=0)
     divergence = (mean * np.log(mean / softened(logits, 4.0))).sum(1).mean()
     assert found.item() == pytest.approx(16 * divergence, rel=1e-5)
@@ -60,8 +57,7 @@ def test_a_student_that_agrees_with_its_teacher_learns_nothing_from_it(batch):
     images, labels = batch
     net = network(0).eval()
     logits = net(images)
-    distillation = Distillation([copy.deepcopy(net)], 1.0, 4.0)
-    found = distillation.loss(F.cross_entropy(logits, labels), logits, distillation.teacher_logits(images))
+    found = Distillation([copy.deepcopy(net)], 1.0, 4.0)(images, logits, labels)
     assert found.item() == pytest.approx(0, abs=1e-5)
     found.backward()
     assert all(parameter.grad.abs().max() < 1e-5 for parameter in net.parameters())
@@ -71,7 +67,7 @@ def test_a_step_leaves_the_teacher_unchanged(batch):
     distillation = Distillation([network(0)], 0.9, 4.0)
     [teacher], net = distillation.teachers, network(1).train()
     before = copy.deepcopy(teacher.state_dict())
-    TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.5), CPU, 0.0, distillation)(*batch)
+    train_step(net, torch.optim.SGD(net.parameters(), lr=0.5), distillation, *batch)
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
@@ -79,13 +75,14 @@ def test_a_step_leaves_the_teacher_unchanged(batch):
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_a_captured_step_distills_too(batch, device):
     place, nets = torch.device(device), []
-    for wrap in (lambda step: step, CapturedStep):
+    for captured in (False, True):
         net = network(1).train().to(place)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9, fused=device == "cuda")
-        step = wrap(TrainStep(net, optimizer, place, 0.0, Distillation([network(0).to(place)], 0.9, 4.0)))
+        step = partial(train_step, net, optimizer, Distillation([network(0).to(place)], 0.9, 4.0))
+        step = CapturedStep(step, net, optimizer) if captured else step
         for _ in range(3):
             step(*(each.to(place) for each in batch))
         nets.append(net)
-    assert step.possible
+    assert step.can_capture
     for one, other in zip(*(net.state_dict().values() for net in nets), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-2 if device == "cuda" else 1e-6)  # bfloat16 there

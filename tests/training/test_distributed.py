@@ -14,24 +14,33 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, run_line, synthetic, weights_of
+from conftest import NO_NETWORK, ROOT, SMALL, figures, one_line, only_run, run_line, start_program, weights_of
 from torch import nn
-from tqdm import tqdm
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import OneCycleLR
 
+import main
+from augmentation import test_policy as normalize_policy
+from augmentation import train_policy
 from config import Config, UserError
-from tinycnn.data.batches import make_batches, make_policies
-from tinycnn.data.dataset import Images
+from tinycnn.data.batches import make_batches
+from tinycnn.data.dataset import Dataset
 from tinycnn.data.synthetic import draw
+from tinycnn.data.tensors import Epoch
+from tinycnn.processes import Processes, here
+from tinycnn.runs import inputs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_run
-from tinycnn.training.distributed import ALONE, Processes, batch_sizes, join_processes, synchronize_norms
-from tinycnn.training.epoch import evaluate, train_epoch
-from tinycnn.training.machine import seed_torch
-from tinycnn.training.step import TrainStep
+from tinycnn.training.distillation import Distillation
+from tinycnn.training.distributed import distribute, join_processes
+from tinycnn.training.machine import prepare, seed_torch
+from tinycnn.training.optimizer import SGD
+from tinycnn.training.steps import fastest_step
 
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as start.parse_or_exit sets it, for processes that load torch after this
 METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 PROCESSES = multiprocessing.get_context(METHOD)
-PROCESSES.set_forkserver_preload(["main", "torch.distributed", "albumentations"])
+PROCESSES.set_forkserver_preload(["main", "torch._dynamo", "albumentations", "tinycnn.inference.result"])
 CPU = torch.device("cpu")
 LIMIT = 100  # seconds until a process is killed
 
@@ -70,15 +79,12 @@ def _begin(rank, size, folder, environment, target, arguments) -> None:
     target(*arguments)
 
 
-def program(line: list[str], epoch: int = -1, rank: int = -1, action: str = "") -> None:
-    """Run main.py's command line; before that epoch of training, the process of that rank (-1: each) does
-    what `action` says."""
-    import main
-
+def program(line: list[str], action: str = "", rank: int = -1) -> None:
+    """Run main.py's command line; before epoch 1 of training, the process of that rank (-1: each) does what `action` says."""
     train_epoch, calls = main.train_epoch, iter(range(100))
 
     def acting(*arguments):
-        if next(calls) == epoch and rank in (-1, int(os.environ["RANK"])):
+        if next(calls) == 1 and rank in (-1, here.rank):
             if action == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif action == "stop":
@@ -89,27 +95,40 @@ def program(line: list[str], epoch: int = -1, rank: int = -1, action: str = "") 
         return train_epoch(*arguments)
 
     if action == "no norms":
-        main.Net = lambda num_classes, **_: nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+        main.Net = net_without_norms
     main.train_epoch = acting
     sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_line(line))
 
 
-@pytest.fixture
-def train(pictures, tmp_path):
-    """train(2, "--epochs", "2") -> (statuses, stdouts, stderrs) of two processes; logs in tmp_path/logs."""
-    def train(size: int, *line: str, logs: str = "logs", environment=(), **doing):
-        base = ["--dataset", "folder", "--data-dir", str(pictures), *SMALL]
-        if "--resume" in line:
-            base = []
-        processes = start(size, tmp_path / "processes", program, ["--log-dir", str(tmp_path / logs), *base, *line],
-                          *doing.values(), environment=environment)
-        statuses = wait(processes)
-        texts = [[(tmp_path / "processes" / f"{name}-{rank}").read_text() for rank in range(size)] for name in ("out", "err")]
-        return statuses, *texts
+def net_without_norms(num_classes: int, **_) -> nn.Module:
+    """What several processes train as one does."""
+    return nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(8, num_classes))
+
+
+@pytest.fixture(scope="module")
+def train(pictures, tmp_path_factory):
+    """train(2, logs, "--epochs", "2") -> (statuses, stdouts, stderrs) of two processes with this --log-dir."""
+    def train(size: int, logs: Path, *line: str, environment=(), **doing):
+        base = [] if "--resume" in line else ["--dataset", "folder", "--data-dir", str(pictures), *SMALL]
+        folder = tmp_path_factory.mktemp("processes")
+        statuses = wait(start(size, folder, program, ["--log-dir", str(logs), *base, *line], *doing.values(),
+                              environment=environment))
+        return statuses, *([(folder / f"{name}-{rank}").read_text() for rank in range(size)] for name in ("out", "err"))
 
     return train
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """process(1, 3): from now on this is process 1 of 3."""
+    def process(rank: int, size: int) -> Processes:
+        monkeypatch.setattr(here, "rank", rank)
+        monkeypatch.setattr(here, "size", size)
+        return here
+
+    return process
 
 
 # ---------------------------------------------------------------- parts
@@ -124,134 +143,273 @@ def test_the_parts_of_a_batch_are_the_batch_and_nearly_equal(size, count):
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("batches", ["device", "workers"])
-def test_the_batches_of_all_processes_put_together_are_those_of_one(size, batches):
-    images = synthetic()
-    images = type(images)("synthetic", images.class_names, draw(80, 1), draw(37, 2), draw(5, 3))
-    config = Config(batches=batches, batch_size=32, workers=0, crop_padding=2)
-    policies = make_policies(config, *images.statistics)
-    whole = make_batches(config, images, policies, CPU)
-    parts = [make_batches(config, images, policies, CPU, Processes(rank, size).share_of) for rank in range(size)]
-    for stream in (lambda made: made.shuffled("train", 3), lambda made: made.in_order("test"),
-                   lambda made: made.in_order("validation")):
-        for (pixels, labels), *shares in zip(stream(whole), *map(stream, parts), strict=True):
-            assert torch.equal(pixels, torch.cat([share[0] for share in shares]))
-            assert torch.equal(labels, torch.cat([share[1] for share in shares]))
-            assert len(shares[0][1]) < len(labels) or len(labels) < 2
+def test_the_batches_of_all_processes_put_together_are_those_of_one(process, size, batches):
+    images = Dataset("synthetic", tuple("0123456789"), draw(17, 1), draw(9, 2), draw(5, 3))
+    made = make_batches(Config(batches=batches, batch_size=8, workers=0), images, train_policy, normalize_policy, CPU)
+
+    def taken(rank: int, of: int) -> list:
+        process(rank, of)
+        return [*made.train(3), *made.test(), *made.validation()]
+
+    for (pixels, labels), *shares in zip(taken(0, 1), *(taken(rank, size) for rank in range(size)), strict=True):
+        assert torch.equal(pixels, torch.cat([share[0] for share in shares]))
+        assert torch.equal(labels, torch.cat([share[1] for share in shares]))
+        assert len(shares[0][1]) < len(labels) or len(labels) == 1
 
 
-def test_the_sizes_of_the_whole_batches():
-    assert list(batch_sizes(80, 32)) == [32, 32, 16]
-
-
-# ---------------------------------------------------------------- one step, one epoch, one test
-
-def small_net(norm: bool = False) -> nn.Module:
-    """Smooth, so that rounding flips no unit on or off."""
-    seed_torch(0, 0)
-    return nn.Sequential(nn.Conv2d(3, 8, 3), *([nn.BatchNorm2d(8)] if norm else []), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
-                         nn.Flatten(), nn.Linear(8, 10))
-
-
-def stream(processes: Processes) -> list:
-    """Three batches, the last with one image."""
-    split = draw(22, 1)
-    images = torch.from_numpy(split.images).permute(0, 3, 1, 2).float() / 255
-    chunks = zip(images[:21].split(10), torch.from_numpy(split.labels)[:21].split(10), strict=True)
-    return [(pixels[processes.share_of(len(labels))], labels[processes.share_of(len(labels))]) for pixels, labels in chunks]
-
-
-def one_epoch(processes: Processes, norm: bool = False) -> dict:
-    """What an epoch of training and a test leave: gradients of the last batch, weights, metrics, learning-rate arguments."""
-    net = small_net(norm)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
-    step, seen, gradients = TrainStep(net, optimizer, CPU, 0.1, processes=processes), [], []
-    optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in net.parameters()]))
-    with tqdm(disable=True) as bar:
-        result = train_epoch(step, stream(processes), lambda images: seen.append(images) or 0.1, bar, batch_sizes(21, 10))
-    tested = evaluate(net, stream(processes), CPU, processes)
-    return {"gradients": gradients, "net": net.state_dict(), "result": tuple(result), "tested": tuple(tested), "seen": seen}
-
-
-def save_one_epoch(folder: Path) -> None:
-    with join_processes() as processes:
-        torch.save([one_epoch(processes), one_epoch(processes, norm=True)], folder / f"{processes.rank}.pt")
-
-
-@pytest.fixture(scope="module", params=[2, 3])
-def epochs(request, tmp_path_factory):
-    """What one_epoch gives in each of two and of three processes, without and with BatchNorm."""
-    folder = tmp_path_factory.mktemp("epochs")
-    assert wait(start(request.param, folder, save_one_epoch, folder)) == [0] * request.param
-    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
-
-
-def test_gradients_are_those_of_the_mean_over_the_whole_batch(epochs):
-    """Also with parts of 4, 3 and 3 images, and where a process has none."""
-    alone = one_epoch(ALONE)
-    for plain, _ in epochs:
-        for ours, theirs in zip(plain["gradients"], alone["gradients"], strict=True):
-            for one, other in zip(ours, theirs, strict=True):
-                torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-        for name, tensor in alone["net"].items():
-            torch.testing.assert_close(plain["net"][name], tensor, rtol=0, atol=1e-6)
-
-
-def test_metrics_are_those_of_all_images(epochs):
-    alone = one_epoch(ALONE)
-    for plain, _ in epochs:
-        assert plain["seen"] == alone["seen"] == [0, 10, 20]
-        for figure in ("result", "tested"):
-            assert plain[figure] == pytest.approx(alone[figure], rel=1e-5)
-
-
-def test_all_processes_end_with_the_same_network(epochs):
-    """The statistics of BatchNorm, which each process has of its own images, are then those of the first."""
-    for kind in (0, 1):
-        first, *others = [each[kind]["net"] for each in epochs]
-        for other in others:
-            assert all(torch.equal(first[name], other[name]) for name in first)
-    assert all(tensor.isfinite().all() for tensor in epochs[-1][1]["net"].values())  # whose last part was empty
-
-
-def test_dropout_differs_between_processes():
+def test_random_numbers_differ_between_processes(process):
     draws = []
     for rank in range(2):
-        seed_torch(5, 3, rank)
+        process(rank, 2)
+        seed_torch(5, 3)
         draws.append(torch.rand(4))
-    seed_torch(5, 3)
-    assert torch.equal(torch.rand(4), draws[0])
     assert not torch.equal(*draws)
 
 
-# ---------------------------------------------------------------- what each may do
-
-def test_without_torchrun_nothing_is_asked_of_anyone(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    with join_processes() as processes:
-        assert processes is ALONE
-    assert not dist.is_initialized()
-    assert ALONE.describe() == {}
-
-
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    one = Processes(3, 4, 1, 2)
-    assert one.device_name("auto") == "auto"
+def test_each_process_has_a_gpu_of_its_own(process, monkeypatch):
+    found = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert one.device_name("auto") == one.device_name("cuda") == "cuda:1"
-    assert one.device_name("cpu") == "cpu"
-    assert ALONE.device_name("cuda:1") == "cuda:1"
+    monkeypatch.setattr("tinycnn.training.machine.find_device", lambda name: found.append(name) or CPU)
+    monkeypatch.setattr(process(3, 4), "local_rank", 1)
+    for name in ("auto", "cuda", "cpu"):
+        prepare(Config(device=name, threads=torch.get_num_threads()))
+    assert found == ["cuda:1", "cuda:1", "cpu"]
     with pytest.raises(UserError, match="--device is cuda:0"):
-        one.device_name("cuda:0")
+        prepare(Config(device="cuda:0"))
 
 
-def test_norms_are_synchronized_on_cuda_only():
+# ---------------------------------------------------------------- an epoch of training and a test
+
+def batches(scale: float = 1) -> Epoch:
+    """This process's parts of batches of 10, 10 and 1 images."""
+    images = torch.randn(21, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    order = [whole[here.share_of(len(whole))] for whole in torch.arange(21).split(10)]
+    return Epoch(iter([(scale * images[indices], indices % 10) for indices in order]), 21)
+
+
+def small_net(norm: bool) -> nn.Module:
+    """A smooth net, in float64, so that rounding flips no unit on or off. Processes begin with different weights."""
+    seed_torch(0, 0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *([nn.BatchNorm2d(8)] if norm else []), nn.Tanh(), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(8, 10)).double()
+
+
+def cross_entropy(images, logits, labels):
+    """main.py's computes in float32."""
+    return F.cross_entropy(logits, labels, label_smoothing=0.1)
+
+
+def distillation():
+    torch.manual_seed(7)
+    return Distillation([nn.Sequential(nn.Flatten(), nn.Linear(192, 10)).double()], 0.9, 4.0, 0.1)
+
+
+def clipped_step(net, optimizer, criterion, images, labels):
+    """A train_step that someone may write."""
+    logits = net(images)
+    loss = criterion(images, logits, labels)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+    optimizer.step()
+    return torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
+
+
+def one_epoch(train_step=main.train_step, criterion=cross_entropy, norm: bool = False) -> dict:
+    """What an epoch of training and a test leave, after a step that only the first process knows of, from a checkpoint."""
+    net = small_net(norm)
+    optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    scheduler, gradients = OneCycleLR(optimizer, 0.5, total_steps=4, cycle_momentum=False), []
+    if here.is_first:
+        generator = torch.Generator().manual_seed(1)
+        for parameter in net.parameters():
+            parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        optimizer.step()
+        scheduler.step()
+
+    def watched(*arguments):
+        sums = train_step(*arguments)
+        gradients.append([parameter.grad.clone() for parameter in net.parameters()])
+        return sums
+
+    wrapped = distribute(net, optimizer, scheduler)
+    step = fastest_step(watched, wrapped, optimizer, criterion, Config(device="cpu"))
+    trained = main.train_epoch(step, wrapped, batches(), scheduler)
+    tested = main.test_epoch(wrapped, batches(2))
+    return {"gradients": gradients, "net": net.state_dict(), "figures": (*trained, *tested)}
+
+
+def epochs_of_all_kinds() -> dict[str, dict]:
+    return {"plain": one_epoch(), "again": one_epoch(), "clipped": one_epoch(clipped_step),
+            "teacher": one_epoch(criterion=distillation()), "norm": one_epoch(norm=True)}
+
+
+def load_in_turn(images: str) -> dict:
+    """Load images as on two machines, the second of which has all processes but the first, and is slow."""
+    def load(kind: str, data_dir: str) -> Dataset:
+        result.update(kind=kind, began=time.monotonic())
+        time.sleep(0.5 if here.rank == 1 else 0.1)
+        result["ended"] = time.monotonic()
+        return Dataset("synthetic", tuple(images), draw(10, 1), draw(10, 2), draw(0, 3))
+
+    result = {}
+    here.local_rank, inputs.load_dataset = max(0, here.rank - 1), load
+    try:
+        inputs._load_in_turn(Config(dataset="auto"))
+    except UserError as error:
+        result["error"] = str(error)
+    return result
+
+
+def save_epochs(folder: Path) -> None:
+    with join_processes():
+        rank = here.rank
+        torch.save((epochs_of_all_kinds(), load_in_turn("0123456789"), load_in_turn(f"012345678{rank}")), folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return epochs_of_all_kinds()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request, tmp_path_factory):
+    """What two and three processes make of it."""
+    folder = tmp_path_factory.mktemp("epochs")
+    statuses = wait(start(request.param, folder, save_epochs, folder))
+    assert statuses == [0] * request.param, (folder / "err-0").read_text()
+    assert (folder / "err-0").read_text() == ""
+    return list(zip(*(torch.load(folder / f"{rank}.pt") for rank in range(request.param)), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["plain", "clipped", "teacher"])
+def test_gradients_weights_and_figures_are_those_of_the_whole_batches(results, alone, kind):
+    """Also with parts of 4, 3 and 3 images, and where a process has none."""
+    allowed = 1e-7 if kind == "teacher" else 4e-15  # the loss is computed in float32
+    for epochs in results[0]:
+        for ours, theirs in zip(epochs[kind]["gradients"], alone[kind]["gradients"], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=allowed)
+        torch.testing.assert_close(epochs[kind]["net"], alone[kind]["net"], rtol=0, atol=allowed)
+        assert epochs[kind]["figures"] == pytest.approx(alone[kind]["figures"], rel=1e-6)
+
+
+def test_all_processes_end_with_the_same_network_and_figures(results):
+    first, *others = results[0]
+    for kind in first:
+        assert all(other[kind]["figures"] == first[kind]["figures"] for other in others)
+        assert all(torch.equal(tensor, other[kind]["net"][name]) for name, tensor in first[kind]["net"].items()
+                   for other in others)
+    assert all(torch.equal(tensor, first["again"]["net"][name]) for name, tensor in first["plain"]["net"].items())
+
+
+def test_all_test_with_the_first_ones_running_statistics(results):
+    epochs = results[0][-1]["norm"]  # of a process whose last part was empty
     net = small_net(norm=True)
-    assert synchronize_norms(net, Processes(0, 2), CPU) is net
-    assert synchronize_norms(net, ALONE, torch.device("cuda")) is net
-    synchronized = synchronize_norms(net, Processes(0, 2), torch.device("cuda"))
-    assert [type(layer) for layer in synchronized][1] is nn.SyncBatchNorm
-    assert synchronized.state_dict().keys() == net.state_dict().keys()
+    net.load_state_dict(epochs["net"])
+    assert epochs["figures"][2:] == pytest.approx(main.test_epoch(net, batches(2)), rel=1e-6)
+
+
+def test_one_process_of_a_machine_loads_the_images_before_its_others(results):
+    first, *others = results[1]
+    assert [each["kind"] for each in (first, *others)] == ["auto"] + ["synthetic"] * len(others)  # the first decides
+    assert all(others[0]["ended"] <= other["began"] for other in others[1:])
+
+
+def test_images_that_differ_between_machines_are_refused(results):
+    first, *others = results[2]
+    assert "error" not in first
+    assert all("are not those of the first process: all machines need the same" in other["error"] for other in others)
+
+
+# ---------------------------------------------------------------- the whole program
+
+# An epoch has batches of 19, 19 and 1 images
+LINE = ("--epochs", "3", "--dropout", "0.2", "--validation", "9", "--batch-size", "19", "--capture", "on")
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def whole(request, train, tmp_path_factory):
+    """A run of two and of three processes that nothing interrupts: their number, its folder and stdout."""
+    logs = tmp_path_factory.mktemp("whole")
+    statuses, out, err = train(request.param, logs, *LINE)
+    assert (set(statuses), set(err), set(out[1:])) == ({0}, {""}, {""})  # only the first prints
+    (folder,) = find_runs(logs)
+    return request.param, folder, out[0]
+
+
+def test_a_run_of_several_processes_is_one_run(whole):
+    size, folder, out = whole
+    log = (folder / "model_accuracy.log").read_text()
+    assert f", {size} processes" in log
+    assert "BatchNorm uses the statistics of each process in training" in log
+    assert "Steps are not captured" in out
+    assert run_state(folder) is RunState.FINISHED
+
+
+def test_stopped_and_resumed_it_is_never_interrupted(whole, train, tmp_path):
+    size, folder, _ = whole
+    statuses, _, err = train(size, tmp_path / "logs", *LINE, action="stop")
+    assert statuses[0] == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM; epoch 0 is safe" in one_line(err[0])
+    assert set(err[1:]) == {""}
+    statuses, _, err = train(size, tmp_path / "logs", "--resume")
+    assert (set(statuses), set(err)) == ({0}, {""})
+    assert weights_of(only_run(tmp_path)) == weights_of(folder)
+    assert figures(only_run(tmp_path)) == figures(folder)
+
+
+@pytest.mark.parametrize("whole", [2], indirect=True)
+def test_after_kill_9_and_torchruns_restart_the_run_goes_on_to_the_same_bits(whole, train, tmp_path):
+    job = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "0"}
+    statuses, _, err = train(2, tmp_path / "logs", *LINE, environment=job, action="kill", rank=1)
+    assert statuses == [2, -signal.SIGKILL]
+    assert "another process of this run has ended; epoch 0 is safe; resume with" in one_line(err[0])
+    statuses, _, err = train(2, tmp_path / "logs", *LINE, environment=job | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert (statuses, err) == ([0, 0], ["", ""])
+    assert weights_of(only_run(tmp_path)) == weights_of(whole[1])
+    assert figures(only_run(tmp_path)) == figures(whole[1])
+    statuses, out, _ = train(2, tmp_path / "logs", *LINE, environment=job | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert statuses == [0, 0]
+    assert out[0] == "the run of this job is finished\n"
+    only_run(tmp_path)
+
+
+def test_after_kill_9_of_the_first_process_the_run_goes_on_with_another_number(train, tmp_path):
+    statuses, _, err = train(2, tmp_path / "logs", *LINE, action="kill", rank=0)
+    assert (statuses, err) == ([-signal.SIGKILL, 2], ["", ""])
+    assert run_state(only_run(tmp_path)) is RunState.UNFINISHED
+    statuses, _, err = train(3, tmp_path / "logs", "--resume")
+    assert (set(statuses), set(err)) == ({0}, {""})
+    run = read_run(only_run(tmp_path))
+    assert len(run.rows) == 3
+    assert any("processes 2 -> 3" in note for note in run.record["notes"])
+
+
+def test_what_goes_wrong_in_another_process_is_told_by_the_first(train, tmp_path):
+    statuses, _, err = train(2, tmp_path / "logs", *LINE, action="fail", rank=1)
+    assert statuses == [2, 2]
+    assert "error: process 1: the lamp is out: change it; epoch 0 is safe" in one_line(err[0])
+    assert err[1] == ""
+
+
+def test_what_goes_wrong_in_all_is_told_once(train, tmp_path):
+    statuses, _, err = train(2, tmp_path / "logs", "--batch-size", "1")
+    assert statuses == [2, 2]
+    assert "--batch-size is 1, but the run has 2 processes" in one_line(err[0])
+    assert err[1] == ""
+
+
+def test_a_teacher_smoothed_labels_and_workers_give_what_they_give_one_process(train, run, tmp_path, monkeypatch):
+    assert run("--epochs", "1", "--validation", "9", "--name", "wide", "--width", "2")[0] == 0
+    line = ("--epochs", "2", "--validation", "9", "--teacher", "wide", "--label-smoothing", "0.1", "--batches", "workers",
+            "--lr", "0.5")
+    monkeypatch.setattr(main, "Net", net_without_norms)
+    assert run(*line)[0] == 0
+    statuses, _, err = train(2, tmp_path / "logs", *line, action="no norms")
+    assert (statuses, err) == ([0, 0], ["", ""])
+    one, two = ([row | {"seconds": 0} for row in read_run(folder).rows] for folder in find_runs(tmp_path / "logs")[:2])
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, nan_ok=True)
 
 
 def test_other_commands_refuse_several_processes(command, monkeypatch):
@@ -261,137 +419,20 @@ def test_other_commands_refuse_several_processes(command, monkeypatch):
     assert "torchrun trains one run" in one_line(err)
 
 
-# ---------------------------------------------------------------- the whole program
-
-def test_a_run_of_two_processes_is_one_run_and_repeats_to_the_bit(train, tmp_path):
-    folders = []
-    for logs in ("one", "two"):
-        statuses, out, err = train(2, "--epochs", "2", "--dropout", "0.2", "--validation", "9", "--capture", "on", logs=logs)
-        assert statuses == [0, 0]
-        assert err == ["", ""]
-        assert out[1] == ""
-        folders += find_runs(tmp_path / logs)
-    one, two = folders
-    assert weights_of(one) == weights_of(two)
-    assert figures(one) == figures(two)
-    log = (one / "model_accuracy.log").read_text()
-    assert ", 2 processes" in log
-    assert "BatchNorm uses the statistics of each process in training" in log
-    assert "Steps are not captured" in out[0]
-
-
-def test_a_teacher_smoothed_labels_and_workers_give_what_they_give_one_process(train, run, tmp_path):
-    assert run("--epochs", "1", "--validation", "9", "--name", "wide", "--width", "2")[0] == 0
-    line = ("--epochs", "2", "--validation", "9", "--teacher", "wide", "--label-smoothing", "0.1", "--batches", "workers",
-            "--workers", "1", "--lr", "0.5")
-    rows = []
-    for size in (1, 2):
-        statuses, _, err = train(size, *line, epoch=-1, rank=-1, action="no norms")
-        assert (set(statuses), set(err)) == ({0}, {""})
-        rows.append(read_run(find_runs(tmp_path / "logs")[0]).rows)
-    for one, two in zip(*rows, strict=True):
-        assert {name: value for name, value in one.items() if name != "seconds"} == pytest.approx(
-            {name: value for name, value in two.items() if name != "seconds"}, rel=1e-4, nan_ok=True)
-
-
-@pytest.mark.parametrize("killed", [0, 1])
-def test_after_kill_9_of_either_process_the_run_goes_on_with_another_number(train, tmp_path, killed):
-    statuses, _, err = train(2, "--epochs", "3", epoch=1, rank=killed, action="kill")
-    assert statuses[killed] == -signal.SIGKILL
-    assert statuses[1 - killed] == 2
-    folder = only_run(tmp_path)
-    assert run_state(folder) is RunState.UNFINISHED
-    assert err[killed] == ""
-    if killed == 1:
-        assert "another process of this run has ended; epoch 0 is safe; resume with" in one_line(err[0])
-    statuses, _, err = train(3, "--resume")
-    assert (statuses, err) == ([0, 0, 0], ["", "", ""])
-    run = read_run(folder)
-    assert len(run.rows) == 3
-    assert any("processes 2 -> 3" in note for note in run.record["notes"])
-
-
-def test_sigterm_to_all_ends_all_with_one_line(train, tmp_path):
-    statuses, _, err = train(2, "--epochs", "3", epoch=1, rank=-1, action="stop")
-    assert statuses[0] == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM; epoch 0 is safe" in one_line(err[0])
-    assert err[1] == ""
-
-
-def test_what_goes_wrong_in_another_process_is_told_by_the_first(train):
-    statuses, _, err = train(2, "--epochs", "3", epoch=1, rank=1, action="fail")
-    assert statuses == [2, 2]
-    assert "error: process 1: the lamp is out: change it; epoch 0 is safe" in one_line(err[0])
-    assert err[1] == ""
-
-
-def test_what_goes_wrong_in_all_is_told_once(train):
-    statuses, _, err = train(2, "--epochs", "1", "--validation", "48")
-    assert statuses == [2, 2]
-    assert "--validation 48" in one_line(err[0])
-    assert err[1] == ""
-
-
-def test_after_torchruns_restart_the_run_goes_on_to_the_same_bits(train, tmp_path):
-    job = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "0"}
-    line = ("--epochs", "3", "--dropout", "0.2")
-    assert train(2, *line, logs="whole")[0] == [0, 0]
-    train(2, *line, environment=job, epoch=1, rank=1, action="kill")
-    statuses, _, err = train(2, *line, environment=job | {"TORCHELASTIC_RESTART_COUNT": "1"})
-    assert (statuses, err) == ([0, 0], ["", ""])
-    assert weights_of(only_run(tmp_path)) == weights_of(find_runs(tmp_path / "whole")[0])
-    assert figures(only_run(tmp_path)) == figures(find_runs(tmp_path / "whole")[0])
-    statuses, out, _ = train(2, *line, environment=job | {"TORCHELASTIC_RESTART_COUNT": "2"})
-    assert statuses == [0, 0]
-    assert out[0] == "the run of this job is finished\n"
-    only_run(tmp_path)
-
-
-def test_each_process_hands_over_the_gradients_of_a_sum(monkeypatch):
-    """Of means, SyncBatchNorm would add up those of parts of different sizes with wrong weights."""
-    torch.manual_seed(0)
-    net, images, labels, found = nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.randn(3, 3, 2, 2), torch.arange(3), []
-    monkeypatch.setattr(Processes, "average_gradients", lambda processes, net, count: found.append(net[1].weight.grad.clone()))
-    for size in (1, 2):
-        TrainStep(net, torch.optim.SGD(net.parameters(), lr=0.0), CPU, 0.0, processes=Processes(size=size))(images, labels)
-    assert torch.allclose(found[1], 3 * found[0], rtol=1e-4)
-
-
-def load_in_turn(folder: Path) -> None:
-    """Of two machines with two processes each; the second machine is the slower one."""
-    def load(dataset: str, data_dir: str):
-        started = time.monotonic()
-        time.sleep(2 if rank == 2 else 0.3)
-        (folder / f"load-{rank}").write_text(f"{dataset} {started} {time.monotonic()}")
-        images = draw(10, 1), draw(10, 2), draw(0, 3)
-        return Images("synthetic", tuple("0123456789"), *images)
-
-    rank = int(os.environ["RANK"])
-    os.environ.update({"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"})
-    with join_processes() as processes:
-        processes.load_images(load, Config(dataset="auto"))
-
-
-def test_one_process_of_a_machine_loads_the_images_before_its_others(tmp_path):
-    assert wait(start(4, tmp_path, load_in_turn, tmp_path)) == [0] * 4
-    kinds, started, ended = zip(*((tmp_path / f"load-{rank}").read_text().split() for rank in range(4)), strict=True)
-    assert kinds == ("auto", "synthetic", "synthetic", "synthetic")  # what auto is, the first decides
-    for first, other in ((0, 1), (2, 3)):
-        assert float(ended[first]) <= float(started[other])
-
-
-def test_images_that_differ_between_machines_are_refused():
-    broadcasts = iter(["synthetic", "of other images"])
-
-    class Second(Processes):
-        def broadcast(self, compute):
-            return next(broadcasts)
-
-        def sum(self, *values):
-            return list(values)
-
-    with pytest.raises(UserError, match="are not those of the first process: all machines need the same"):
-        Second(rank=1, size=2, local_rank=0).load_images(lambda *_: synthetic(), Config())
+def test_alone_with_torchruns_variables_it_says_what_it_waits_for_and_can_be_stopped(monkeypatch, pictures, tmp_path):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    stops = (signal.SIGINT, signal.SIGTERM)
+    programs = [start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path),
+                              before="from tinycnn.training import distributed; distributed.SILENCE = 0.1; import atexit, os\n"
+                              "atexit.register(lambda: print(os.environ['TORCH_CPP_LOG_LEVEL']))") for _ in stops]
+    for program, number in zip(programs, stops, strict=True):
+        line = program.stderr.readline()
+        assert "waiting for the other 1 of 2 processes" in line
+        assert "unset WORLD_SIZE" in line
+        program.send_signal(number)
+        assert program.communicate(timeout=LIMIT) == ("ERROR\n", f"stopped by {number.name}\n")
+        assert program.returncode == 128 + number
 
 
 # ---------------------------------------------------------------- torchrun itself
@@ -403,21 +444,19 @@ import torch.distributed as dist
 attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
 dist.rendezvous = lambda *_, **__: iter([(dist.FileStore({store!r} + attempt, 2), int(os.environ["RANK"]), 2)])
 import main
-from tinycnn.runs import writer
 from tinycnn.commands.start import parse_or_exit, run_or_exit
-writer.INTERVAL = 0
 train_epoch, epochs = main.train_epoch, iter(range(100))
 def acting(*arguments):
     if next(epochs) == 2 and attempt == "0":
         {action}
     return train_epoch(*arguments)
 main.train_epoch = acting
-run_or_exit(parse_or_exit(), main.train)
+run_or_exit(parse_or_exit(), main.train, main.build, main.train_step)
 """
 
 
 def torchrun(tmp_path, pictures, action: str, *options: str) -> subprocess.Popen:
-    """torchrun with two processes, of which those that `action` says die before the third epoch."""
+    """torchrun with two processes, which do `action` before the third epoch."""
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT), store=str(tmp_path / "store"), action=action))
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", "--rdzv-backend=c10d",

@@ -1,95 +1,92 @@
-"""On CUDA an epoch and a test wait for nothing, mix no devices, run in bfloat16, and launch no more than they need. Without a
-GPU: see fake_cuda.py."""
-
-from unittest import mock
+"""On CUDA an epoch and a test wait for nothing but their sums, mix no devices, run in bfloat16, and launch no more than they
+need. Without a GPU: see fake_cuda.py."""
 
 import numpy as np
 import pytest
 import torch
 from fake_cuda import CUDA, Launches, fake_cuda, second_streams, to_fake_cuda
-from torch.multiprocessing.reductions import StorageWeakRef
-from tqdm import tqdm
+from torch.optim.lr_scheduler import ConstantLR
 
+import main
 from augmentation import test_policy as normalization
 from augmentation import train_policy
 from config import Config
 from model import Net
 from tinycnn.data import device_batches
-from tinycnn.data.dataset import Split
+from tinycnn.data.batches import make_policies
+from tinycnn.data.dataset import Dataset, Split
 from tinycnn.data.device_batches import DeviceBatches
+from tinycnn.inference.logits import predict
 from tinycnn.training import capture
-from tinycnn.training.capture import CapturedStep, make_step
-from tinycnn.training.distillation import Distillation
-from tinycnn.training.epoch import evaluate, predict, train_epoch
-from tinycnn.training.metrics import Metrics
+from tinycnn.training.capture import CapturedStep
+from tinycnn.training.distillation import CrossEntropy, Distillation
 from tinycnn.training.optimizer import SGD
+from tinycnn.training.self_check import step_state
+from tinycnn.training.steps import fastest_step
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch is built without CUDA"),
     pytest.mark.filterwarnings("ignore"),  # of autocast and cuDNN, which miss their driver
 ]
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+STATISTICS = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
 
 @pytest.fixture(autouse=True)
 def no_graphs(monkeypatch):
-    """A recorded step runs as its eager twin, after one step of warm-up."""
+    """A recorded step runs as its eager twin, after one step of warm-up, and is checked on one batch."""
     monkeypatch.setattr(capture, "_graph", capture._eager_twin)
     monkeypatch.setattr(capture, "_warm_up", lambda run, times, device: run())
+    monkeypatch.setattr(capture, "BATCHES", 1)
 
 
-def fake_step(config: Config, distill: bool = False):
-    net = to_fake_cuda(Net())
-    optimizer = SGD(net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay, fused=True)
-    distillation = Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0) if distill else None
-    return make_step(net, optimizer, CUDA, config, distillation)
+class Training:
+    """What a run trains with, on the fake GPU: one full batch of training images."""
+
+    def __init__(self, distill: bool = False, train: int = 128, test: int = 50, **settings) -> None:
+        config = Config(**{"batches": "device"} | settings)
+        self.net = to_fake_cuda(Net())
+        self.optimizer = SGD(self.net.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        self.scheduler = ConstantLR(self.optimizer, factor=1)
+        self.criterion = Distillation([to_fake_cuda(Net(width=2))], 0.9, 4.0) if distill else CrossEntropy(0.0)
+        self.notes: list[str] = []
+        self.step = fastest_step(main.train_step, self.net, self.optimizer, self.criterion, config, self.notes.append)
+        self.batches = fake_batches(config, train, test)
+
+    def epoch(self, number: int = 0) -> None:
+        main.train_epoch(self.step, self.net, self.batches.train(number), self.scheduler)
+
+    def test(self) -> None:
+        main.test_epoch(self.net, self.batches.test())
 
 
-def fake_batches(config: Config, train: int = 208, test: int = 50, fused: bool = False) -> DeviceBatches:
-    splits = {name: Split(np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64))
-              for name, count in (("train", train), ("test", test))}
-    policies = {"train": train_policy(config, MEAN, STD), "test": normalization(MEAN, STD)}
-    return DeviceBatches(splits, policies, config.batch_size, 0, CUDA, fused=fused)
+def fake_batches(config: Config, train: int = 208, test: int = 50) -> DeviceBatches:
+    splits = [Split(np.zeros((count, 32, 32, 3), np.uint8), np.zeros(count, np.int64)) for count in (train, test, 0)]
+    return DeviceBatches(Dataset("folder", ("any",), *splits), *make_policies(config, STATISTICS, train_policy, normalization),
+                         config, CUDA)
 
 
-def run_epoch(step, batches: DeviceBatches, epoch: int = 0) -> None:
-    with tqdm(disable=True) as bar:
-        train_epoch(step, batches.shuffled("train", epoch), lambda images: 0.1 / (1 + images), bar)
-
-
-@pytest.mark.parametrize("captured", ["on", "off"])
-@pytest.mark.parametrize("distill", [False, True])
+@pytest.mark.parametrize(("captured", "distill"), [("on", False), ("off", True)])
 def test_an_epoch_and_a_test_stay_on_the_gpu_and_wait_once_each(captured, distill):
-    config = Config(batches="device", capture=captured, crop_padding=2)
     with fake_cuda() as reads, Launches() as launches:
-        step, batches = fake_step(config, distill), fake_batches(config)
+        training = Training(distill, capture=captured, crop_padding=2)
         launches.waits.clear()  # of setting up
-        run_epoch(step, batches)
-        checks = [(len(list(capture.step_state(step.step))), 2)] * 2 if captured == "on" else []  # full and short batches
-        assert reads == [*checks, (2,)]  # the epoch's metrics
-        evaluate(step.net, batches.in_order("test"), CUDA)
-        assert reads == [*checks, (2,), (2,)]
-        logits, labels = predict(step.net, batches.in_order("test"), CUDA)
+        training.epoch()
+        tensors = len(step_state(training.net, training.optimizer)) + 2
+        checks = [(tensors,)] if captured == "on" else []
+        assert reads == [*checks, (3,)]  # the epoch's sums
+        training.test()
+        assert reads == [*checks, (3,), (3,)]
+        assert launches.waits == 3 * ["_to_copy"]  # of both sums; and the policy's table, once
+        logits, labels = predict(training.net, training.batches.test())
     assert (logits.device, logits.dtype, labels.device) == (CUDA, torch.float32, CUDA)
-    assert launches.waits == []
+    assert len(launches.waits) == 3
     assert set(launches.mixed) <= {"_to_copy"}  # images, labels, the epoch's order and random numbers, on their way there
     assert launches.kernels["native_batch_norm"] > 0  # what bfloat16 has; float32 has cuDNN's
-    assert launches.kernels["cudnn_batch_norm"] == 0
     if captured == "on":
-        assert step.possible, step.note
-        assert len(step.recordings) == 2
-
-
-def test_small_crops_and_whole_images_are_captured_each():
-    config = Config(batches="device", capture="on", crop_size=24)
-    with fake_cuda(), Launches() as launches:
-        step, crops, whole = fake_step(config), fake_batches(config), fake_batches(Config(batches="device"))
-        launches.waits.clear()  # of setting up
-        run_epoch(step, crops)
-        run_epoch(step, whole, epoch=1)
-    assert step.possible, step.note
-    assert {tuple(shape) for shape in step.recordings} == {(count, 3, side, side) for count in (128, 80) for side in (24, 32)}
-    assert launches.waits == []
+        assert training.step.can_capture, training.notes
+        assert len(training.step.recordings) == 1
+    else:
+        assert launches.kernels["cudnn_batch_norm"] == 0  # there is a float32 step in the check of captured ones
 
 
 def test_a_copy_that_waits_is_seen():
@@ -104,83 +101,53 @@ def test_a_copy_that_waits_is_seen():
     assert launches.waits == ["_to_copy", "_to_copy", "copy_"]
 
 
-def test_an_empty_part_of_a_batch_stays_in_float32():
-    """As do the sums of SyncBatchNorm, which takes the dtype of its input for those of an empty part."""
-    with fake_cuda(), Launches() as launches:
-        fake_step(Config(batches="device", capture="off"))(torch.empty(0, 3, 32, 32, device=CUDA),
-                                                           torch.empty(0, dtype=torch.long, device=CUDA))
-    assert launches.dtypes["convolution"] == {torch.float32}
-
-
 def test_the_loss_is_computed_in_float32():
-    config = Config(batches="device", capture="off")
     with fake_cuda(), Launches() as launches:
-        run_epoch(fake_step(config, distill=True), fake_batches(config))
+        Training(distill=True, capture="off").epoch()
     assert launches.dtypes["convolution"] == {torch.bfloat16}
     assert launches.dtypes["_log_softmax"] == {torch.float32}  # autocast would leave it in bfloat16
 
 
 def test_a_gpu_without_bfloat16_trains_in_float32_and_contiguous_memory():
-    config = Config(batches="device", capture="on")
-    with fake_cuda(bfloat16=False), Launches() as launches, mock.patch.object(Metrics, "add") as add:
-        step, batches = fake_step(config), fake_batches(config)
-        launches.waits.clear()  # of setting up
-        seen = []
-        step.net.input_block[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-        run_epoch(step, batches)
-        evaluate(step.net, batches.in_order("test"), CUDA)
-    assert isinstance(step, CapturedStep)
-    assert step.possible, step.note
+    seen = []
+    with fake_cuda(bfloat16=False), Launches() as launches:
+        training = Training(capture="on")
+        training.net.input_block[0].register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+        training.epoch()
+        training.test()
+    assert isinstance(training.step, CapturedStep)
+    assert training.step.can_capture, training.notes
     assert all(images.is_contiguous() and images.dtype == torch.float32 for images in seen)
-    assert all(parameter.is_contiguous() for parameter in step.net.parameters())
-    assert add.call_args.args[1].dtype == torch.float32
+    assert all(parameter.is_contiguous() for parameter in training.net.parameters())
+    assert launches.dtypes["convolution"] == {torch.float32}
     assert launches.kernels["cudnn_batch_norm"] > 0
-    assert launches.waits == []
 
 
 # ---------------------------------------------------------------- how much is launched
 
 def test_a_step_launches_no_more_than_it_needs():
-    config = Config(batches="device", capture="off")
     with fake_cuda():
-        step = fake_step(config)
+        training = Training(capture="off")
         images = torch.empty(128, 3, 32, 32, device=CUDA).to(memory_format=torch.channels_last)
         labels = torch.empty(128, dtype=torch.long, device=CUDA)
-        step(images, labels)  # which makes the momentum
+        training.step(images, labels)  # which makes the momentum
         with Launches() as launches:
-            step(images, labels)
+            training.step(images, labels)
     kernels, megabytes = launches.total
     assert launches.kernels["convolution"] == 18
-    assert launches.kernels["_foreach_add_"] == 2  # the optimizer's one kernel, and all counts of batches in one
-    assert launches.kernels["add_"] == 2  # the metrics; no count of batches by itself
+    assert launches.kernels["_foreach_add_"] == 1  # the optimizer's one kernel
     assert kernels <= 184, launches.kernels  # 174
     assert megabytes <= 600, launches.bytes  # 588
-
-
-def test_a_test_launches_no_more_than_it_needs_and_unpacks_its_images_once():
-    config = Config(batches="device", capture="off")
-    with fake_cuda():
-        net, batches = to_fake_cuda(Net()), fake_batches(config, test=10_000)
-        with Launches() as first:
-            evaluate(net, batches.in_order("test"), CUDA)
-        with Launches() as second:
-            evaluate(net, batches.in_order("test"), CUDA)
-    assert second.kernels["index_select"] == 0
-    assert "_to_copy" not in second.mixed  # nothing comes from the host
-    assert second.total[0] <= 250, second.kernels  # 241, for four batches
-    assert second.total[1] <= 18_700, second.bytes  # 18,369
-    assert first.total[0] - second.total[0] <= 100, first.kernels - second.kernels  # 86
 
 
 @pytest.mark.parametrize(("changes", "kernels", "megabytes"), [
     ({}, 1_930, 58_000), ({"affine_p": 0.0, "coarse_dropout_p": 0.0, "crop_padding": 2}, 870, 22_500)])  # 1,895 and 832
 def test_an_epochs_augmentation_launches_no_more_than_it_needs(changes, kernels, megabytes):
-    config = Config(batches="device", **changes)
     with fake_cuda():
-        batches = fake_batches(config, train=50_000)
+        batches = fake_batches(Config(batches="device", batch_size=1024, **changes), train=50_000)
+        batches.train(0)  # which makes the policy
         with Launches() as launches:
-            for _ in batches.shuffled("train", 0):
-                pass
+            assert len(list(batches.train(1))) == 49
     assert launches.total[0] <= kernels, launches.kernels
     assert launches.total[1] <= megabytes, launches.bytes
     assert launches.waits == []
@@ -193,86 +160,60 @@ def test_an_epochs_augmentation_in_one_kernel(monkeypatch):
 
     ran = []
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: ran.append(streams.current))
+    monkeypatch.setattr(device_batches, "_faster", lambda compose, policy, images: FusedPolicy(compose, 32, 32, CUDA))
     with fake_cuda(), second_streams() as streams:
-        batches = fake_batches(Config(batches="device"), train=50_000, fused=True)
-        policy = FusedPolicy(batches.to_fuse["train"], 32, 32, CUDA)
-        monkeypatch.setattr(device_batches, "_faster", lambda *_: policy)
+        batches = fake_batches(Config(batches="device", kernels="fused", batch_size=1024), train=50_000)
+        batches.train(0)
         with Launches() as launches:
-            for images, labels in batches.shuffled("train", 0):
+            for images, labels in batches.train(1):
                 assert (images.shape[1:], images.stride()[1:]) == ((3, 32, 32), (1, 96, 3))
                 (images.sum(), labels.sum())
     assert ran == 13 * [streams.batches]
-    assert launches.total[0] - launches.kernels["sum"] <= 270, launches.kernels  # 259, of two epochs' parameters
+    assert launches.total[0] - launches.kernels["sum"] <= 170, launches.kernels
     assert launches.waits == []
     assert streams.races == []
-
-
-def test_the_next_epochs_numbers_are_drawn_while_this_one_runs(monkeypatch):
-    drawn, config = [], Config(batches="device")
-    stream = device_batches.random_stream
-    monkeypatch.setattr(device_batches, "random_stream", lambda *key: drawn.append(key[2]) or stream(*key))
-    with fake_cuda():
-        batches = fake_batches(config)
-        for _ in batches.shuffled("train", 0):
-            assert drawn == [0, 0]  # order and augmentation
-        assert drawn == [0, 0, 1, 1]
-        del drawn[:]
-        for _ in batches.shuffled("train", 1):
-            assert drawn == []
-        assert drawn == [2, 2]
-        del drawn[:]
-        next(iter(batches.shuffled("train", 5)))  # resumed elsewhere
-        assert drawn == [5, 5]
 
 
 # ---------------------------------------------------------------- what runs beside the steps
 
 def test_each_part_of_an_epoch_is_augmented_beside_the_steps_on_the_one_before(monkeypatch):
-    for name in ("AUGMENTED_FIRST", "AUGMENTED_TOGETHER"):
-        monkeypatch.setattr(device_batches, name, 64)
+    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
     with fake_cuda(), second_streams() as streams:
-        batches, main, beside = fake_batches(Config(batches="device", batch_size=32), train=300), streams.main, streams.batches
+        batches, main_stream, beside = (fake_batches(Config(batches="device", batch_size=32), train=172), streams.main,
+                                        streams.batches)
         for epoch in (0, 1):
-            before, launched, waited_for, parts = beside.launched, [], [], []
-            for images, labels in batches.shuffled("train", epoch):
-                assert streams.current is main
+            before, launched, waited_for = beside.launched, [], []
+            for images, labels in batches.train(epoch):
+                assert streams.current is main_stream
                 launched.append(beside.launched - before)
-                waited_for.append(main.done[beside] - before)
-                parts.append(StorageWeakRef(images.untyped_storage()))
-                assert sum(not part.expired() for part in parts[::2]) == 1
+                waited_for.append(main_stream.done[beside] - before)
                 (images.sum(), labels.sum())
-            part = launched[-1] // 5
+            part = launched[-1] // 3
             assert part > 0
-            assert launched == [part * following for following in (2, 2, 3, 3, 4, 4, 5, 5, 5, 5)]
-            assert waited_for == [part * current for current in (1, 1, 2, 2, 3, 3, 4, 4, 5, 5)]
-            for images, labels in batches.in_order("test"):
+            assert launched == [part * following for following in (2, 2, 3, 3, 3, 3)]
+            assert waited_for == [part * current for current in (1, 1, 2, 2, 3, 3)]
+            for images, labels in batches.test():
                 (images.sum(), labels.sum())
     assert streams.races == []
 
 
 def test_an_epoch_that_ends_early_frees_nothing_that_is_read_beside(monkeypatch):
-    for name in ("AUGMENTED_FIRST", "AUGMENTED_TOGETHER"):
-        monkeypatch.setattr(device_batches, name, 64)
+    monkeypatch.setattr(device_batches, "AUGMENTED_TOGETHER", 64)
     with fake_cuda(), second_streams() as streams:
         batches = fake_batches(Config(batches="device", batch_size=32))
         for epoch in (0, 1):
-            next(batches.shuffled("train", epoch))
+            next(iter(batches.train(epoch)))
             torch.ones(3, device=CUDA)
     assert streams.races == []
 
 
-@pytest.mark.parametrize("captured", ["on", "off"])
-def test_teachers_predict_beside_the_network_that_learns(captured):
-    beside_done = []
+def test_an_epoch_with_a_teacher_has_no_races():
     with fake_cuda(), second_streams() as streams:
-        config = Config(batches="device", batch_size=32, capture=captured)
-        step, batches = fake_step(config, distill=True), fake_batches(config)
-        step.net.register_forward_hook(
-            lambda *_: beside_done.append(streams.main.done[streams.steps] == streams.steps.launched))
-        for images, labels in batches.shuffled("train", 0):
-            step(images, labels)
-    assert set(beside_done) == {False}
+        training = Training(distill=True, train=64, batch_size=32, capture="off")
+        training.epoch()
+        training.test()
     assert streams.races == []
+    assert streams.batches.launched > 0
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])

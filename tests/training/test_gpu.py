@@ -6,41 +6,54 @@ from conftest import at_epoch, figures, only_run, raising, start_program, synthe
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
+from torch.optim.lr_scheduler import ConstantLR
 
+import main
 from augmentation import test_policy as normalization
 from augmentation import train_policy
 from config import Config
 from model import Net
 from tinycnn.data import device_batches as device_batches_module
-from tinycnn.data.dataset import Split
+from tinycnn.data.batches import make_batches
+from tinycnn.data.dataset import Dataset, Split
 from tinycnn.data.device_batches import DeviceBatches
+from tinycnn.device import memory_format
 from tinycnn.runs.finding import find_runs
 from tinycnn.runs.record import read_run
-from tinycnn.training import machine
-from tinycnn.training.capture import FAILURES_END_CLEANLY, CapturedStep, make_step
-from tinycnn.training.epoch import evaluate, train_epoch
-from tinycnn.training.metrics import Metrics
+from tinycnn.training.capture import CapturedStep
+from tinycnn.training.distillation import CrossEntropy
 from tinycnn.training.optimizer import SGD
-from tinycnn.training.step import TrainStep
+from tinycnn.training.steps import FAILURES_END_CLEANLY, fastest_step
 
 pytestmark = pytest.mark.gpu
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 CUDA = torch.device("cuda")
 
 
 def device_batches(device: torch.device = CUDA, count: int = 5000, batch_size: int = 128) -> DeviceBatches:
     """The first drawn images, augmented as the baseline does."""
-    train = synthetic().train
-    split = Split(train.images[:count], train.labels[:count])
-    policies = {"train": train_policy(Config(), MEAN, STD), "test": normalization(MEAN, STD)}
-    return DeviceBatches({"train": split, "test": split}, policies, batch_size, 0, device)
+    split = Split(synthetic().train.images[:count], synthetic().train.labels[:count])
+    images = Dataset("synthetic", synthetic().class_names, split, split, Split(split.images[:0], split.labels[:0]))
+    return make_batches(Config(batches="device", batch_size=batch_size), images, train_policy, normalization, device)
 
 
-def gpu_step(capture: str, kernels: str = "pytorch"):
-    net = Net().to(CUDA, memory_format=torch.channels_last)
-    optimizer = SGD(net.parameters(), lr=0.01, momentum=0.9, fused=True)
-    return make_step(net, optimizer, CUDA, Config(capture=capture, kernels=kernels, batches="device"))
+class Training:
+    """What a run trains with."""
+
+    def __init__(self, capture: str, kernels: str = "pytorch", lr: float = 0.01) -> None:
+        self.net = Net().to(CUDA, memory_format=memory_format(CUDA))
+        self.optimizer = SGD(self.net.parameters(), lr=lr, momentum=0.9)
+        self.scheduler = ConstantLR(self.optimizer, factor=1)
+        self.notes: list[str] = []
+        config = Config(capture=capture, kernels=kernels, batches="device")
+        self.step = fastest_step(main.train_step, self.net, self.optimizer, CrossEntropy(0.0), config, self.notes.append)
+        self.batches = device_batches()
+
+    def first_step(self) -> "Training":
+        self.step(*next(iter(self.batches.train(0))))
+        return self
+
+    def epoch(self, number: int) -> tuple[float, float]:
+        return main.train_epoch(self.step, self.net, self.batches.train(number), self.scheduler)
 
 
 # ---------------------------------------------------------------- the whole program
@@ -103,40 +116,23 @@ def test_a_deterministic_run_has_the_same_bits_when_killed_and_resumed(tmp_path,
 
 # ---------------------------------------------------------------- parts of it
 
-def test_looking_at_the_metrics_waits_for_nothing():
-    metrics = Metrics(CUDA)
-    metrics.add(torch.tensor(2.0, device=CUDA), torch.eye(4, device=CUDA), torch.arange(4, device=CUDA))
-    metrics.images = 4
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        assert metrics.latest() is None
-        metrics.copied.synchronize()
-        assert metrics.latest() == (2.0, 100.0)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_the_loss_is_computed_in_float32():
     logits = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)).mul(8).bfloat16().cuda().requires_grad_()
     labels = torch.arange(64, device="cuda") % 3
     net = nn.Module()
     net.forward = lambda images: logits
-    step = TrainStep(net, SGD([logits], lr=0.0), logits.device, 0.0)
-    step(torch.zeros(64, 3, 32, 32, device="cuda"), labels)
+    sums = main.train_step(net, SGD([logits], lr=0.0), CrossEntropy(0.0), torch.zeros(64, 3, 32, 32, device="cuda"), labels)
     expected = F.cross_entropy(logits.detach().cpu().double(), labels.cpu())
-    assert step.metrics.sums[0].item() / 64 == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 is right to 1e-3
+    assert sums[0].item() / 64 == pytest.approx(expected.item(), rel=1e-5)  # bfloat16 is right to 1e-3
 
 
 def test_device_batches_are_the_same_on_a_gpu():
     batches = [device_batches(torch.device(device), 300, 64) for device in ("cpu", "cuda")]
-    for epoch in (5, 6):  # the second was drawn while the first ran
-        for (images, labels), (on_gpu, gpu_labels) in zip(*(each.shuffled("train", epoch) for each in batches), strict=True):
-            assert torch.equal(labels, gpu_labels.cpu())
-            assert (images != on_gpu.cpu()).float().mean() < 1e-4  # a coordinate may round otherwise
-            assert on_gpu.is_contiguous(memory_format=torch.channels_last)
-    for _ in range(2):  # the second time from what is kept
-        tests = [torch.cat([images.cpu() for images, _ in each.in_order("test")]) for each in batches]
-        assert torch.equal(*tests)
+    for (images, labels), (on_gpu, gpu_labels) in zip(*(each.train(5) for each in batches), strict=True):
+        assert torch.equal(labels, gpu_labels.cpu())
+        assert (images != on_gpu.cpu()).float().mean() < 1e-4  # a coordinate may round otherwise
+        assert on_gpu.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(*(torch.cat([images.cpu() for images, _ in each.test()]) for each in batches))
 
 
 @pytest.mark.parametrize("slow", ["steps", "augmentation"])
@@ -144,7 +140,8 @@ def test_batches_are_the_same_whichever_stream_is_slow(monkeypatch, slow):
     """A stream that didn't wait for the other would read what is not there yet, or write over what is not read yet."""
     monkeypatch.setattr(device_batches_module, "AUGMENTED_TOGETHER", 256)
     expected, batches = device_batches(torch.device("cpu"), 2000, 64), device_batches(count=2000, batch_size=64)
-    policy = batches.policies["train"]
+    batches.train(0)  # which makes the policy
+    policy = batches.policies[-1][1]
     augment = policy.apply
 
     def late(*drawn):
@@ -155,12 +152,12 @@ def test_batches_are_the_same_whichever_stream_is_slow(monkeypatch, slow):
     monkeypatch.setattr(policy, "apply", late)
     for epoch in (0, 1):
         seen = []
-        for images, labels in batches.shuffled("train", epoch):
+        for images, labels in batches.train(epoch):
             if slow == "steps":
                 torch.cuda._sleep(2_000_000)
             seen.append((images.clone(), labels.clone()))
             del images, labels  # before the GPU has read them
-        for (images, labels), (on_gpu, gpu_labels) in zip(expected.shuffled("train", epoch), seen, strict=True):
+        for (images, labels), (on_gpu, gpu_labels) in zip(expected.train(epoch), seen, strict=True):
             assert torch.equal(labels, gpu_labels.cpu())
             assert (images != on_gpu.cpu()).float().mean() < 1e-4
 
@@ -169,85 +166,76 @@ def test_batches_are_the_same_whichever_stream_is_slow(monkeypatch, slow):
 def test_epochs_on_a_gpu_wait_for_nothing_and_stay_within_2_gb(capture):
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    step, batches = gpu_step(capture), device_batches()
-    with tqdm(disable=True) as bar:
-        train_epoch(step, batches.shuffled("train", 0), lambda images: 0.01, bar)  # kernels are chosen, graphs recorded
-        evaluate(step.net, batches.in_order("test"), CUDA)
+    training = Training(capture)
+    training.epoch(0)  # kernels are chosen, graphs recorded
+    main.test_epoch(training.net, training.batches.test())
+    training.net.train()
+    sums = torch.zeros(2, device=CUDA)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for epoch in (1, 2):
-            for images, labels in batches.shuffled("train", epoch):
-                step(images, labels)
+            for images, labels in training.batches.train(epoch):
+                sums += training.step(images, labels)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    evaluate(step.net, batches.in_order("test"), CUDA)
-    assert step.metrics.sums.isfinite().all()
+    assert sums.isfinite().all()
     if capture == "on":
-        assert step.possible, step.note
-        assert len(step.recordings) == 2  # two pools of memory
-        assert step.note.startswith("captured; ")
-    assert torch.cuda.max_memory_reserved() < 2e9  # with the graphs' pools, cuDNN's workspaces and the kept test images
+        assert training.step.can_capture, training.notes
+        assert len(training.step.recordings) == 2  # two pools of memory
+        assert training.notes[-1].startswith("captured; ")
+    assert torch.cuda.max_memory_reserved() < 2e9  # with the graphs' pools and cuDNN's workspaces
 
 
-def test_a_captured_step_that_is_wrong_on_purpose_is_refused(monkeypatch, capsys):
-    step, batches = gpu_step("on"), device_batches()
-    weight = step.net.input_block[0].weight
-    capture = step.capture
+def test_a_captured_step_that_is_wrong_on_purpose_is_refused(capsys):
+    training = Training("on")
+    weight, record = training.net.input_block[0].weight, training.step.record
 
     def forgetful(run):
-        replay = capture(run)
+        sums, replay = record(run)
 
         def wrong():
             before = weight.detach().clone()
             replay()
             weight.data.copy_(before)
-        return wrong
+        return sums, wrong
 
-    step.capture = forgetful
-    batch = next(iter(batches.shuffled("train", 0)))
-    step(*batch)
-    assert not step.possible
-    assert "input_block.0.weight and an eager step's differ by" in step.note
+    training.step.record = forgetful
+    training.first_step()
+    assert not training.step.can_capture
+    assert "not captured: a replay's parameter input_block.0.weight is wrong, by" in training.notes[-1]
     assert capsys.readouterr().out.count("Steps are not captured: a replay's") <= 1
-    step(*batch)
-    assert all(parameter.isfinite().all() for parameter in step.net.parameters())
+    training.first_step()
+    assert all(parameter.isfinite().all() for parameter in training.net.parameters())
 
 
-def test_the_self_check_finds_captured_steps_equal_but_for_rounding():
-    step, batches = gpu_step("on"), device_batches()
-    step(*next(iter(batches.shuffled("train", 0))))
-    assert step.possible, step.note
-    assert step.difference < 0.1
+def test_the_self_check_finds_captured_steps_right():
+    training = Training("on").first_step()
+    assert training.step.can_capture, training.notes
+    assert training.step.error < 1
 
 
 def test_a_step_by_the_fused_kernels_agrees_with_an_eager_one():
-    step = gpu_step("on", kernels="fused")
-    step(*next(iter(device_batches().shuffled("train", 0))))
-    assert step.possible, step.note
-    assert "fused kernels (" in step.note
-    assert "ms a step" in step.note  # both were right, so that they were timed
+    training = Training("on", kernels="fused").first_step()
+    assert training.step.can_capture, training.notes
+    assert "fused kernels (" in training.notes[-1]
+    assert "ms a step" in training.notes[-1]  # both were right, so that they were timed
 
 
 def test_auto_captures_where_training_could_go_on_after_a_failed_capture():
-    step = gpu_step("auto")
-    step(*next(iter(device_batches().shuffled("train", 0))))
+    training = Training("auto").first_step()
     captured = torch.__version__ >= FAILURES_END_CLEANLY
-    assert isinstance(step, CapturedStep) == captured
-    assert step.note.startswith("captured; " if captured else "not captured: PyTorch"), step.note
+    assert isinstance(training.step, CapturedStep) == captured
+    assert training.notes[-1].startswith("captured; " if captured else "not captured: PyTorch"), training.notes
 
 
 def test_a_gpu_without_bfloat16_trains_in_contiguous_float32(monkeypatch):
-    monkeypatch.setattr(machine, "has_bfloat16", lambda device: False)
-    monkeypatch.setattr("tinycnn.training.step.has_bfloat16", lambda device: False)
-    net = Net().to(CUDA, memory_format=machine.memory_format(CUDA))
-    assert all(parameter.is_contiguous() for parameter in net.parameters())
-    optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9, fused=True)
-    step, batches = make_step(net, optimizer, CUDA, Config(capture="on", batches="device")), device_batches()
-    kinds = set()
-    net.conv_block2.register_forward_hook(lambda layer, inputs, output: kinds.add((output.dtype, output.is_contiguous())))
-    with tqdm(disable=True) as bar:
-        results = [train_epoch(step, batches.shuffled("train", epoch), lambda images: 0.05, bar) for epoch in range(3)]
+    for module in ("tinycnn.device", "tinycnn.training.machine", "tinycnn.training.steps", "tinycnn.training.distillation"):
+        monkeypatch.setattr(f"{module}.has_bfloat16", lambda device: False)
+    training, kinds = Training("on", lr=0.05), set()
+    assert all(parameter.is_contiguous() for parameter in training.net.parameters())
+    training.net.conv_block2.register_forward_hook(
+        lambda layer, inputs, output: kinds.add((output.dtype, output.is_contiguous())))
+    losses = [training.epoch(epoch)[0] for epoch in range(3)]
     assert kinds == {(torch.float32, True)}
-    assert isinstance(step, CapturedStep)
-    assert step.possible, step.note
-    assert results[-1].loss < results[0].loss
+    assert training.step.can_capture, training.notes
+    assert losses[-1] < losses[0]

@@ -3,11 +3,6 @@
 Python's version is checked here, so this file and main.py must be valid for older versions too.
 """
 
-import importlib
-import importlib.util
-import os
-import re
-import signal
 import sys
 
 if sys.version_info < (3, 11):
@@ -16,59 +11,65 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 import contextlib
+import gc
 import io
-import time
+import os
+import re
+import signal
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 from config import Config, UserError
-from tinycnn.commands.parser import parse
+from tinycnn import startup  # noqa: F401 (its clock starts)
+from tinycnn.commands.parser import command_module, parse
+from tinycnn.errors import StopRequested, stop_on_signals, user_message
 from tinycnn.text import printable
-from tinycnn.training.errors import STOP_SIGNALS, StopRequested, as_user_errors, raise_stop, stop_on_signals
 
-STARTED = time.perf_counter()
-
+TRAINING = ("train", "sweep", "find-lr")  # commands that train
 # What makes PyTorch's three CPU libraries use AVX2 at most; they read it when they are loaded
 AVX2_VARIABLES = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2",
                   "MKL_CBWR": "AVX2"}
-PACKAGES = ("torch", "albumentations", "torchsummary", "safetensors", "matplotlib", "scipy", "tqdm")
 
 
 def parse_or_exit() -> Namespace:
     """Parse the command line. Errors end the program here, and from here on everywhere, in one line."""
     sys.excepthook = _end_by_exception
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is signal.SIG_DFL:  # not SIGINT, which has Python's, nor what nohup ignores
-            signal.signal(number, lambda number, frame: raise_stop(number))
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115 (closed)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
     arguments = parse(sys.argv[1:])
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"the package {missing[0]} is not installed for {sys.executable}: activate the virtual environment, "
-                        "or install the packages with python -m pip install -r requirements.txt")
     cap_instruction_set(arguments)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DistributedDataParallel warns of what it is told to do
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # every process would say that it searched in vain for unused parameters
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    elif arguments.verb == "train" and arguments.config:
+        from tinycnn.data.loading import load_ahead
+
+        load_ahead(arguments.config)
+    if arguments.verb in TRAINING and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        print("Loading PyTorch and the images", file=sys.stderr)
     return arguments
 
 
-def run_or_exit(arguments: Namespace, train: Callable) -> None:
-    """Run the command, and end the process with its exit status."""
-    _exit(run(arguments, train))
+def run_or_exit(arguments: Namespace, *functions: Callable) -> None:
+    """Run the command. Where it fails, end the program with its exit status. `functions` are main.py's train, build and
+    train_step, for commands that train."""
+    _end(run(arguments, *functions))
 
 
-def run(arguments: Namespace, train: Callable) -> int:
-    """Run the command that `arguments` name. Returns the exit status; bugs pass as exceptions. `train` is main.train."""
+def run(arguments: Namespace, *functions: Callable) -> int:
+    """Run the command that `arguments` name. Returns the exit status; bugs pass as exceptions."""
     try:
-        with stop_on_signals(), as_user_errors():
+        with stop_on_signals():
             if arguments.verb != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
                 raise UserError(f"torchrun trains one run: start python main.py {arguments.verb} without it")
-            command = importlib.import_module(f"tinycnn.commands.{arguments.verb}")
-            return command.run(arguments, train) if arguments.verb in ("train", "sweep") else command.run(arguments) or 0
+            command = command_module(arguments.verb)
+            status = command.run(arguments, *functions) if arguments.verb in TRAINING else command.run(arguments)
+            sys.stdout.flush()
+            return status or 0
     except BaseException as error:
         status = report(error)
         if status is None:
@@ -78,18 +79,21 @@ def run(arguments: Namespace, train: Callable) -> int:
 
 def report(error: BaseException) -> int | None:
     """Print an error that the user can fix as one line on stderr. Returns the exit status, or None for a bug."""
-    if isinstance(error, StopRequested):
-        line, status = f"stopped by {error.signal.name}", error.status
-    elif isinstance(error, KeyboardInterrupt):  # before the signal handlers are in place, or after
-        line, status = "stopped by SIGINT", 130
+    if isinstance(error, StopRequested | KeyboardInterrupt):  # the latter before torch is loaded
+        number = getattr(error, "signal", signal.SIGINT)
+        line, status = f"stopped by {number.name}", 128 + number
     elif isinstance(error, BrokenPipeError):
         line, status = "stopped: the output was closed", 2
-    elif isinstance(error, UserError | OSError):  # an OSError that nobody foresaw is still the machine's, and names its file
-        line, status = f"error: {error}", 2
-    elif isinstance(error, MemoryError) or "failed to map segment" in str(error):
-        line, status = "error: out of memory: close other programs", 2
+    elif isinstance(error, ModuleNotFoundError) and "." not in str(error.name):  # else one of our own, or a part of a package
+        line, status = (f"error: the package {error.name} is not installed for {sys.executable}: activate the virtual "
+                        "environment, or install the packages with python -m pip install -r requirements.txt"), 2
+    elif isinstance(error, AttributeError) and (error.obj is Config or isinstance(error.obj, Config)):
+        line, status = f"error: config.py has no setting {error.name}, which the program needs: put it back", 2
     else:
-        return None
+        message = user_message(error)
+        if message is None:
+            return None
+        line, status = f"error: {message}", 2
     line = re.sub(r"\s*[\r\n]+\s*", " ", "; ".join([line, *getattr(error, "__notes__", [])]).strip())
     with contextlib.suppress(OSError):  # stderr is closed
         print(printable(line), file=sys.stderr)  # names of files may hold escape codes
@@ -107,29 +111,29 @@ def cap_instruction_set(arguments: Namespace) -> None:
 
 def _instruction_set(arguments: Namespace) -> str:
     """The setting of the command line, or else of the run to resume."""
-    if arguments.verb == "sweep":
-        return arguments.configs[0].instruction_set
-    if arguments.verb != "train":
-        return "auto"
-    if arguments.resume is None:
-        return arguments.config.instruction_set
-    if "instruction_set" in arguments.given:
-        return arguments.given["instruction_set"]
+    given = vars(arguments.configs[0]) if arguments.verb == "sweep" else getattr(arguments, "given", {})
+    if "instruction_set" in given or getattr(arguments, "resume", None) is None:
+        return given.get("instruction_set", Config.instruction_set)
     from tinycnn.runs.finding import find_unfinished, peek_record  # loads NumPy, which --help doesn't need
 
-    folder = find_unfinished(Path(arguments.given.get("log_dir", Config.log_dir)), arguments.resume)
+    folder = find_unfinished(Path(given.get("log_dir", Config.log_dir)), arguments.resume)
     return peek_record(folder).get("config", {}).get("instruction_set", "auto")
 
 
 def _end_by_exception(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """sys.excepthook."""
     status = report(error)
     if status is None:
-        sys.__excepthook__(kind, error, traceback)
-    _exit(1 if status is None else status)
+        sys.__excepthook__(kind, error, traceback)  # and Python ends with 1
+    _end(status or 0)
 
 
-def _exit(status: int) -> None:
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # a closed pipe, a full disk: the user has been told
-            stream.flush()
-    os._exit(status)  # all is on disk and no worker is left; with torch, Python's own way out takes more than a second
+def _end(status: int) -> None:
+    """Let the program end as Python programs do, with this exit status."""
+    try:
+        sys.stdout.flush()
+    except OSError:  # a closed pipe, a full disk: the user has been told, so Python need not find it out again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    gc.freeze()  # at its end Python would look through all that torch made for garbage: more than a second
+    if status:
+        sys.exit(status)

@@ -1,46 +1,92 @@
 """python main.py, python main.py --resume: train a new run, or an unfinished one to its end."""
 
+import platform
+import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
-from config import Config, UserError
-from tinycnn.runs.finding import RunState
-from tinycnn.runs.jobs import find_job_run
-from tinycnn.runs.resuming import MOVABLE, Unfinished, load_unfinished
-from tinycnn.training.distributed import join_processes
-from tinycnn.training.errors import Diverged
+from config import SETTINGS, Config
+from tinycnn.commands.parser import Parser, complete_settings
+
+VERSION = "1.1.0"
+
+HELP = """Train the network on CIFAR-10, and write what happened to logs/.
+
+    python main.py                              80 epochs with the settings of config.py
+    python main.py --recipe fast --seed 1       a named set of settings; every setting is a flag of the same name
+    python main.py --data-dir ~/data            use, or download to, ~/data/cifar-10-batches-py
+    python main.py --dataset folder --data-dir pictures     pictures/train/<class>/*, pictures/test/<class>/*
+    python main.py --resume                     resume the newest unfinished run
+    torchrun --standalone --nproc-per-node=gpu main.py      one run on all GPUs (docs/cluster.md)
+
+Other commands (python main.py COMMAND --help):
+
+    find-lr                                     suggest a learning rate, in at most an epoch
+    sweep --lr 0.01,0.05 --seeds 3              train a run for each combination of values and seeds, then compare
+    compare                                     compare runs: what differs, and whether the difference is significant
+    plot                                        draw the pictures of the newest finished run
+    test                                        print its accuracy, class by class, and its calibration
+    predict cat.jpg pictures/                   classify images; --explain draws where it saw the classes
+    export                                      write a file for ONNX Runtime, torch.export.load or a browser
+
+Read logs/model_accuracy.log, a row per epoch, and logs/torch_summary.log, the network layer by layer.
+"""
 
 
-def run(arguments: Namespace, train: Callable) -> int:
+def parse(line: list[str]) -> Namespace:
+    """Parse the arguments of training: given (the settings of the command line, recipe included), resume (a run, "" for the
+    newest, None for a new run), and the new run's config."""
+    parser = Parser("", HELP)
+    parser.add_argument("--version", action="store_true", help="print the versions of the program, Python and torch")
+    parser.add_recipe()
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="resume an unfinished run, the newest if none is named")
+    for name in SETTINGS:
+        parser.add_setting(name)
+    given = vars(parser.parse(line))
+    resume, recipe, version = (given.pop(name) for name in ("resume", "recipe", "version"))
+    if version:
+        print(_versions())
+        sys.exit()
+    flags, given = given, recipe | given
+    if resume is not None:
+        return Namespace(given=given, resume=resume, config=None)
+    given = complete_settings(given)
+    config = Config(**given)
+    if "min_lr" in flags and config.schedule in ("step", "constant"):
+        print(f"--min-lr has no effect with --schedule {config.schedule}", file=sys.stderr)
+    return Namespace(given=given, resume=None, config=config)
+
+
+def _versions() -> str:
+    import importlib.metadata  # as slow as all else of the start
+
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = "not installed"
+    return f"tiny-cifar10-cnn {VERSION}, Python {platform.python_version()}, torch {torch}"
+
+
+def run(arguments: Namespace, train: Callable[..., Path], *_: Callable) -> int:
     """Train the run that `arguments.config` describes, or resume the one that `arguments.resume` names, in this process or in
-    all that torchrun has started."""
-    with join_processes() as processes:
-        # the first process, which holds the lock of a run that is resumed, decides for all
-        chosen, unfinished = choose_run(arguments) if processes.is_first else (None, None)
-        config = processes.broadcast(lambda: chosen)
+    all that torchrun has started. `train` is main.train."""
+    from tinycnn.inference.result import show
+    from tinycnn.processes import here
+    from tinycnn.runs.inputs import load_inputs
+    from tinycnn.runs.run import choose_run
+    from tinycnn.training.distributed import join_processes
+
+    with join_processes():
+        # the first process decides, which holds the lock of a run that is resumed
+        chosen = choose_run(arguments.config, arguments.given, arguments.resume) if here.is_first else None
+        config = here.broadcast(lambda: chosen.config if chosen else None)
         if config is None:
             print("the run of this job is finished")
             return 0
-        if config.batch_size < processes.size:
-            raise UserError(f"--batch-size is {config.batch_size}, but the run has {processes.size} processes, which share "
-                            "each batch: give it at least as many images")
-        train(config, unfinished, processes)
+        inputs = load_inputs(config)
+        folder = train(config, inputs, chosen)
+    if here.is_first:
+        show(folder, inputs)
     return 0
-
-
-def choose_run(arguments: Namespace) -> tuple[Config | None, Unfinished | None]:
-    """The config of the run to train, None where this job has finished it; and the run to resume, None for a new one. That is
-    the one that this job began before torchrun restarted it, or the one that is named."""
-    given, name = arguments.given, arguments.resume
-    state, folder = find_job_run(Path(given.get("log_dir", Config.log_dir)))
-    if state is RunState.DIVERGED:
-        raise Diverged(f"run {folder.name} has diverged: to start it again would only repeat this")
-    if state is RunState.FINISHED:
-        return None, None
-    if state is RunState.UNFINISHED:
-        name, given = str(folder), {setting: value for setting, value in given.items() if setting in MOVABLE}
-    if name is None:
-        return arguments.config, None
-    unfinished = load_unfinished(name, given)
-    return unfinished.config, unfinished

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 
+import cv2
 import numpy as np
 
 from config import SIDE, UserError
@@ -14,7 +15,7 @@ from tinycnn.text import printable
 
 
 class DatasetMissing(UserError):
-    """The images are not on this machine, and could not be downloaded."""
+    """The dataset is not on this machine."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Images:
+class Dataset:
     """A dataset in memory. `kind`: "cifar10", "folder" or "synthetic". `validation` is empty unless held out of `train`."""
 
     kind: str
@@ -42,12 +43,13 @@ class Images:
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels of `train`, as fractions of 255; the latter is at least
         1/255. From integer sums, so the same to the bit on every machine."""
+        parts = np.array_split(self.train.images, len(self.train) // 5000 + 1)  # calcHist's float32 counts to 2**24 exactly
         means, stds = [], []
         for channel in range(3):
-            parts = np.array_split(self.train.images[..., channel], len(self.train) // 5000 + 1)
-            counts = np.sum([np.bincount(part.ravel(), minlength=256) for part in parts], axis=0).tolist()
-            pixels, total = sum(counts), sum(value * count for value, count in enumerate(counts))
-            squares = sum(value * value * count for value, count in enumerate(counts))
+            counts = [cv2.calcHist([part.reshape(-1, SIDE, 3)], [channel], None, [256], [0, 256]) for part in parts]
+            histogram = np.sum(counts, axis=0, dtype=np.int64).ravel().tolist()
+            pixels, total = sum(histogram), sum(value * count for value, count in enumerate(histogram))
+            squares = sum(value * value * count for value, count in enumerate(histogram))
             means.append(total / (255 * pixels))
             stds.append(max(math.sqrt(squares * pixels - total * total) / (255 * pixels), 1 / 255))
         return tuple(means), tuple(stds)
@@ -61,7 +63,7 @@ class Images:
             digest.update(np.ascontiguousarray(split.labels).data)
         return digest.hexdigest()
 
-    def hold_out(self, count: int) -> "Images":
+    def hold_out(self, count: int) -> "Dataset":
         """Move `count` training images to `validation`: the same ones every time, equally many of each class. Where `count` is
         no multiple of the number of classes, the first classes give one more."""
         if not count:

@@ -1,7 +1,7 @@
 """Batches made on the device: the images lie there as uint8, and the policy runs on whole batches."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain, pairwise, starmap
+from itertools import chain
 
 import albumentations as A
 import numpy as np
@@ -9,92 +9,114 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tinycnn.data.dataset import Split
-from tinycnn.data.device_policy import DevicePolicy
+from config import Config, UserError
+from tinycnn.data.dataset import Dataset
+from tinycnn.data.device_policy import DevicePolicy, Unsupported
 from tinycnn.data.randomness import ORDER, WHOLE_BATCHES, random_stream
-from tinycnn.data.tensors import as_tensors
-from tinycnn.streams import after_this, side_stream, wait_for
-from tinycnn.timing import milliseconds
+from tinycnn.data.tensors import Batch, Epoch, split_tensors
+from tinycnn.device import after_this, memory_format, milliseconds, side_stream, wait_for
+from tinycnn.processes import here
 
-AUGMENTED_FIRST = 512  # images that a GPU augments together at the start of an epoch; the first step waits for them
-AUGMENTED_TOGETHER = 4224  # then, beside the steps on those before: 33 batches of 128, so 50,000 images are 13 parts
+AUGMENTED_TOGETHER = 4224  # images that a GPU augments together: 33 batches of 128, so 50,000 images are 12 parts
 TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images per step of a test
-KEPT_BYTES = 2**28  # of a split's normalized images, 12 kB each, that may stay on a GPU
-
-Batch = tuple[Tensor, Tensor]  # images float32 N x 3 x H x W, labels int64 N
-Drawn = tuple[Tensor, list[Tensor]]  # an epoch's order, int64 N, and each policy step's parameters, in the images' own order
 
 
 class DeviceBatches:
     """All batches of a run, from images that lie on the device as uint8. The same calls as WorkerBatches."""
 
-    def __init__(self, splits: dict[str, Split], policies: dict[str, A.Compose], batch_size: int, seed: int,
-                 device: torch.device, share_of: Callable[[int], slice] = slice, fused: bool = False) -> None:
-        """`splits` and `policies` have the same keys; `share_of(n)` is the slice of a batch of n images that this process
-        makes; `fused`: try to augment in one kernel on CUDA. Raises Unsupported."""
-        height, width = next(iter(splits.values())).images.shape[1:3]
-        self.policies = {name: DevicePolicy(policy, height, width, device) for name, policy in policies.items()}
-        self.images, self.labels = as_tensors(splits, device)
-        self.batch_size, self.seed, self.device, self.share_of = batch_size, seed, device, share_of
-        self.to_fuse = dict(policies) if fused and device.type == "cuda" else {}
-        self.drawn: dict[tuple[str, int], Drawn] = {}  # of a GPU: for the next epoch, drawn while this one runs
-        self.kept: dict[str, list[Batch]] = {}  # of a GPU: normalized images, by policy
+    def __init__(self, dataset: Dataset, train_policy: Callable[[int], A.Compose], test_policy: A.Compose, config: Config,
+                 device: torch.device) -> None:
+        """`train_policy` is a function of the epoch."""
+        self.train_policy, self.config, self.device = train_policy, config, device
+        self.per_epoch = -(-len(dataset.train) // config.batch_size)
+        self.splits = {name: (images.to(device), labels.to(device))
+                       for name, (images, labels) in split_tensors(dataset).items()}
+        self.policies: list[tuple[dict, DevicePolicy]] = []  # those so far, each with Albumentations' description of it
+        self.normalize = self._as_device_policy(test_policy)
 
-    def shuffled(self, name: str, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch of training, by a policy: every image once, in an order drawn from (seed, epoch)."""
-        if name in self.to_fuse:
-            self.policies[name] = _faster(self.to_fuse.pop(name), self.policies[name], self.images[name])
-        yield from self._run(name, epoch, None, self.batch_size)
-        if self.device.type == "cuda":  # which is still at work on the last batches
-            self.drawn = {(name, epoch + 1): self._draw(name, epoch + 1, None)}
+    def __enter__(self) -> "DeviceBatches":
+        return self
 
-    def in_order(self, name: str) -> Iterator[Batch]:
-        """The batches of a split in its own order, for evaluation. On a GPU, those of a policy without random transforms are
-        made once and kept."""
-        if name in self.kept:
-            return iter(self.kept[name])
-        batches = self._run(name, 0, np.arange(len(self.labels[name])), TEST_BATCH[self.device.type])
-        keep = self.device.type == "cuda" and not self.policies[name].draws and 4 * self.images[name].numel() <= KEPT_BYTES
-        return iter(self.kept.setdefault(name, list(batches))) if keep else batches
+    def __exit__(self, *_: object) -> None:
+        """Do nothing: there are no workers."""
 
-    def close(self) -> None:
-        """Do nothing."""
+    def train(self, epoch: int) -> Epoch:
+        """The batches of an epoch of training: every image once, in an order drawn from (seed, epoch). Images float32
+        N x 3 x H x W in the device's memory format, labels int64 N, on the device."""
+        policy, count = self._as_device_policy(self.train_policy(epoch)), len(self.splits["train"][1])
+        order = random_stream(self.config.seed, ORDER, epoch).permutation(count)
+        # Row i is image i's, whatever the order
+        uniform = random_stream(self.config.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
+        return self._run("train", order, self.config.batch_size, policy, policy.sample(self._to_device(uniform)))
 
-    def _draw(self, name: str, epoch: int, order: np.ndarray | None) -> Drawn:
-        """An epoch's random numbers, and its order where none is given. Row i is image i's, whatever the order."""
-        count, policy = len(self.labels[name]), self.policies[name]
-        order = random_stream(self.seed, ORDER, epoch).permutation(count) if order is None else order
-        uniform = random_stream(self.seed, WHOLE_BATCHES, epoch).random((count, policy.draws))
-        return self._to_device(order), policy.sample(self._to_device(uniform))
+    def validation(self) -> Epoch:
+        """The batches of the images held out, normalized, in their own order."""
+        return self._in_order("validation")
 
-    def _run(self, name: str, epoch: int, order: np.ndarray | None, batch_size: int) -> Iterator[Batch]:
-        policy, images, labels = self.policies[name], self.images[name], self.labels[name]
-        drawn = self.drawn.pop((name, epoch)) if (name, epoch) in self.drawn else self._draw(name, epoch, order)
-        on_device, parameters = drawn
+    def test(self) -> Epoch:
+        """The batches of the test images, normalized, in their own order."""
+        return self._in_order("test")
+
+    def _in_order(self, name: str) -> Epoch:
+        return self._run(name, np.arange(len(self.splits[name][1])), TEST_BATCH[self.device.type], self.normalize, [])
+
+    def _as_device_policy(self, compose: A.Compose) -> DevicePolicy:
+        """The policy on whole batches, made once for all epochs that have it; in one kernel, where that is faster."""
+        described, images = compose.to_dict(), self.splits["train"][0]
+        height, width = images.shape[1:3]
+        for known, policy in self.policies:
+            if known == described:
+                return policy
+        try:
+            policy = DevicePolicy(compose, height, width, self.device)
+        except Unsupported as reason:
+            raise UserError(f"augmentation.py: {reason} can't run on whole batches: use --batches workers") from reason
+        if self.config.kernels == "fused" and self.device.type == "cuda" and policy.draws:
+            policy = _faster(compose, policy, images)
+        self.policies.append((described, policy))
+        return policy
+
+    def _run(self, name: str, order: np.ndarray, batch_size: int, policy: DevicePolicy, parameters: list[Tensor]) -> Epoch:
+        return Epoch(self._batches(name, self._to_device(order), batch_size, policy, parameters), len(order))
+
+    def _batches(self, name: str, order: Tensor, batch_size: int, policy: DevicePolicy, parameters: list[Tensor]
+                 ) -> Iterator[Batch]:
+        """The images of a split in this order, by a policy with these parameters, of which row i is image i's."""
+        images, labels = self.splits[name]
+        batches = [whole[here.share_of(len(whole))] for whole in order.split(batch_size)]
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
-        first, together = (max(1, limit // batch_size) if self.device.type == "cuda" else 1
-                           for limit in (AUGMENTED_FIRST, AUGMENTED_TOGETHER))
-        parts = [whole[self.share_of(len(whole))] for whole in on_device.split(batch_size)]
+        together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1
 
-        def make(start: int, end: int) -> Iterator[Batch]:
-            sizes = [len(part) for part in parts[start:end]]
-            indices = torch.cat(parts[start:end])
-            made = policy.apply(images, indices, parameters)
+        def make(start: int) -> Iterator[Batch]:
+            part = batches[start:start + together]
+            sizes, indices = [len(batch) for batch in part], torch.cat(part)
+            made = policy.apply(images, indices, parameters).contiguous(memory_format=memory_format(self.device))
             return zip(made.split(sizes), labels[indices].split(sizes), strict=True)
 
-        groups = starmap(make, pairwise([0, *range(first, len(parts), together), len(parts)]))
-        beside = side_stream(self.device, "batches")
-        try:
-            yield from _made_ahead(groups, beside) if beside else chain.from_iterable(groups)
-        finally:  # even if not all batches were taken: what the other stream reads is kept until this one has waited for it
-            wait_for(beside)
+        parts, beside = map(make, range(0, len(batches), together)), side_stream(self.device, "batches")
+        yield from _made_ahead(parts, beside) if beside else chain.from_iterable(parts)
 
     def _to_device(self, array: np.ndarray) -> Tensor:
         """On the device, without waiting for it."""
         tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor.to(self.device)
+
+
+def _made_ahead(parts: Iterator[Iterator[Batch]], beside: torch.cuda.Stream) -> Iterator[Batch]:
+    """The batches of all parts. Each part is made in the stream `beside`, while the current stream trains on the one before:
+    an epoch took 205 ms in place of 183 + 46 (docs/speed.md)."""
+    def launch() -> Iterator[Batch] | None:
+        with after_this(beside):
+            return next(parts, None)
+
+    try:
+        following = launch()
+        while part := following:
+            wait_for(beside)  # while no more than this part is launched there
+            following = launch()
+            yield from part
+    finally:  # even if not all batches were taken: what the other stream reads is kept until this one has waited for it
+        wait_for(beside)
 
 
 def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DevicePolicy:
@@ -121,16 +143,3 @@ def _faster(compose: A.Compose, policy: DevicePolicy, images: Tensor) -> DeviceP
     tqdm.write(f"Images are augmented by PyTorch's kernels, not by the fused one: {reason}." if reason else
                "Images are augmented by the fused kernel.")
     return policy if reason else policies[0]
-
-
-def _made_ahead(parts: Iterator[Iterator[Batch]], beside: torch.cuda.Stream) -> Iterator[Batch]:
-    """The batches of all parts. Each part is made in the stream `beside` while the current stream trains on the one before."""
-    def launch() -> Iterator[Batch] | None:
-        with after_this(beside):
-            return next(parts, None)
-
-    following = launch()
-    while following is not None:
-        wait_for(beside)  # while no more than this part is launched there
-        current, following = following, launch()
-        yield from current

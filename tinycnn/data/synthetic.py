@@ -3,7 +3,7 @@
 import numpy as np
 
 from config import SIDE
-from tinycnn.data.dataset import Images, Split, empty_split
+from tinycnn.data.dataset import Dataset, Split, empty_split
 
 SHAPES = ("disc", "ring", "square", "frame", "triangle", "plus", "cross", "horizontal stripes", "vertical stripes",
           "checkerboard")
@@ -37,6 +37,6 @@ def draw(count: int, key: int) -> Split:
     return Split(pixels.clip(0, 255).astype(np.uint8)[order], labels.astype(np.int64)[order])
 
 
-def synthetic() -> Images:
+def synthetic() -> Dataset:
     """Draw 5,000 training and 1,000 test images, the same ones every time."""
-    return Images("synthetic", SHAPES, draw(5000, key=1), draw(1000, key=2), empty_split())
+    return Dataset("synthetic", SHAPES, draw(5000, key=1), draw(1000, key=2), empty_split())

@@ -4,9 +4,8 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from tinycnn.data.leftovers import DAY
 from tinycnn.runs.files import lock_file, unwritable
@@ -23,26 +22,22 @@ def claim(log_dir: Path, key: str) -> Iterator[bool]:
     path = log_dir / "runs" / CLAIMS / f"{key}.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path)
+        if lock:
+            os.utime(path)  # the age of a claim is that of its newest holder
     except OSError as error:
         raise unwritable(path, error) from error
-    with _lock(path) or nullcontext() as file:
-        yield file is not None
-
-
-def _lock(path: Path) -> IO[bytes] | None:
-    while (file := lock_file(path)) is not None:
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                os.utime(path)  # the age of a claim is that of its newest holder
-                break
-        file.close()  # another process removed the file between its opening and its locking
-    return file
+    try:
+        yield lock is not None
+    finally:
+        if lock:
+            lock.release()
 
 
 def remove_stale_claims(log_dir: Path) -> None:
     """Remove the claim files that are older than a day and that nobody holds."""
     for path in (log_dir / "runs" / CLAIMS).glob("*.lock"):
         with contextlib.suppress(OSError):  # another process was quicker
-            if time.time() - path.stat().st_mtime > DAY and (file := lock_file(path)) is not None:
-                with file:  # removed while it is locked: whoever opened it meanwhile sees that it is gone
-                    path.unlink()
+            if time.time() - path.stat().st_mtime > DAY and (lock := lock_file(path)):
+                path.unlink()  # whoever opened it meanwhile sees that it is gone
+                lock.release()

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -20,23 +19,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from config import Config, UserError, available_cores
-from tinycnn.data.dataset import Images
+from config import Config, UserError
+from tinycnn.cores import available_cores
+from tinycnn.data.dataset import Dataset
+from tinycnn.errors import StopRequested, as_user_errors, stop_on_signals
 from tinycnn.experiments.claims import CLAIMS, claim
 from tinycnn.experiments.comparison import JUDGED_BY, metric_of
 from tinycnn.experiments.sweep import Outcome, PlannedRun, find_matching_run, make_claimed_run, plan_runs
-from tinycnn.runs.files import make_run_folder, write
+from tinycnn.runs.files import make_run_folder
 from tinycnn.runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT, PROGRAM, RunState, next_number
 from tinycnn.runs.record import CONFIG, as_json, read_summary
-from tinycnn.runs.resuming import LOCK
-from tinycnn.runs.weights import Weights, find_teachers
-from tinycnn.training.errors import StopRequested, as_user_errors, stop_on_signals
+from tinycnn.runs.run import LOCK
+from tinycnn.runs.weights import NamedWeights, load_weights
 
 OUTPUT = "output.txt"  # in a run's folder: what it printed
 RETRIES = 3  # of a run whose worker or node died
 GRACE = 30.0  # seconds that runs have to save their epochs after Ctrl-C
 LEFT_BEHIND = (CHECKPOINT, PREVIOUS_CHECKPOINT, LOCK)  # what of a run made elsewhere doesn't come back
 INSTALL = "python -m pip install -r requirements-ray.txt"
+ENDED = {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}
 BAR = "{desc} |{bar}| {n_fmt} of {total_fmt} runs, {remaining} left"
 
 
@@ -46,44 +47,27 @@ class RunResult:
 
     outcome: Outcome
     message: str = ""  # why it failed
-    accuracy: str = ""  # the one to choose by, where it is finished
     folder: str = ""  # its name
     files: dict[str, bytes] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Marker:
-    """A file in the log folder. A worker that finds it there shares the folder."""
-
-    log_dir: str  # absolute
-    name: str
-    token: str
-
-    def is_here(self) -> bool:
-        """Whether this process sees the file."""
-        with contextlib.suppress(OSError):
-            return (Path(self.log_dir) / "runs" / CLAIMS / self.name).read_text() == self.token
-        return False
-
-
 # ---------------------------------------------------------------- in a worker
 
-def train_run(planned: PlannedRun, images: Images, teachers: list[Weights], marker: Marker) -> RunResult:
-    """Train the run in a worker of Ray, in the shared log folder or else in one that is deleted afterwards."""
+def train_run(planned: PlannedRun, images: Dataset, weights: NamedWeights, marker: str) -> RunResult:
+    """Train the run in a worker of Ray, in the shared log folder or else in one that is deleted afterwards. `marker`: a file in
+    the log folder, with a name that there is once; a worker that finds it there shares the folder."""
     import main  # which nothing else imports; a worker loads it by name
+    from tinycnn.inference.result import train_and_show
 
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # Ray's shared memory, which is only read
-    train = partial(main.train, images=images, teachers=teachers)
-    if marker.is_here():
-        return _train_in(Path(marker.log_dir), planned, train)
-    log_dir = Path(tempfile.mkdtemp(prefix="sweep-"))
-    try:
-        result = _train_in(log_dir, planned, train)
-        folder = log_dir / "runs" / result.folder
+    train = partial(train_and_show, main.train, dataset=images, weights=weights)
+    if Path(marker).exists():
+        return _train_in(Path(marker).parents[2], planned, train)
+    with tempfile.TemporaryDirectory(prefix="sweep-", ignore_cleanup_errors=True) as log_dir:
+        result = _train_in(Path(log_dir), planned, train)
+        folder = Path(log_dir, "runs", result.folder)
         files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name not in LEFT_BEHIND}
         return replace(result, files=files if result.outcome in (Outcome.TRAINED, Outcome.DIVERGED) else {})
-    finally:
-        shutil.rmtree(log_dir, ignore_errors=True)
 
 
 def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> RunResult:
@@ -102,16 +86,14 @@ def _train_in(log_dir: Path, planned: PlannedRun, train: Any) -> RunResult:
         except Exception as error:  # a bug stops no other run either
             outcome, message = Outcome.FAILED, f"{type(error).__name__}: {error}"
             traceback.print_exc()
-    state, folder = find_matching_run(planned) or (RunState.FOREIGN, None)
-    if folder is None:
+    state, folder = find_matching_run(planned)
+    if state is RunState.FOREIGN:
         return RunResult(outcome, message or "it left no folder")
     if outcome is not Outcome.ELSEWHERE:
         with open(folder / OUTPUT, "a") as file:
             file.write(output.read_text())
     output.unlink()
-    metric = metric_of(planned.config.validation)
-    accuracy = f"{read_summary(folder)[metric]:.2f} % {JUDGED_BY[metric]} accuracy" if state is RunState.FINISHED else ""
-    return RunResult(outcome, message, accuracy, folder.name)
+    return RunResult(outcome, message, folder.name)
 
 
 # ---------------------------------------------------------------- in the process that the user started
@@ -127,26 +109,28 @@ def make_runs_on_ray(configs: Sequence[Config], on: str, cpus: int, gpus: float 
     ray = _import_ray(address)
     plan, images = plan_runs([replace(config, threads=cpus) for config in configs])
     with ExitStack() as stack:
-        outcomes: list[Outcome | None] = [_claim(planned, stack) for planned in plan]
+        outcomes = [_claim(planned, stack) for planned in plan]
         if None in outcomes:
             signals: list[int] = []  # noted: an exception from a signal handler breaks Ray's calls
             stack.enter_context(stop_on_signals(signals.append))
             stack.enter_context(_connected(ray, address, variables))
             _make_missing(ray, plan, images, outcomes, cpus, gpus, signals)
-    return plan, [outcome for outcome in outcomes if outcome]
+    # By now a run may have ended elsewhere
+    return plan, [ENDED.get(find_matching_run(planned)[0], outcome) if outcome is Outcome.ELSEWHERE else outcome
+                  for planned, outcome in zip(plan, outcomes, strict=True) if outcome]
 
 
 def _claim(planned: PlannedRun, stack: ExitStack) -> Outcome | None:
     """Claim the run until the end of the sweep. None where it is to be made."""
     if not stack.enter_context(claim(Path(planned.config.log_dir), planned.key)):
         return Outcome.ELSEWHERE
-    state, folder = find_matching_run(planned) or (RunState.FOREIGN, Path())
+    state, folder = find_matching_run(planned)
     if state is RunState.FINISHED:
         print(f"{planned.description}: already finished, {folder.name}")
-    return {RunState.FINISHED: Outcome.PRESENT, RunState.DIVERGED: Outcome.DIVERGED}.get(state)
+    return ENDED.get(state)
 
 
-def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Images, outcomes: list[Outcome | None], cpus: int,
+def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Dataset, outcomes: list[Outcome | None], cpus: int,
                   gpus: float | None, signals: list[int]) -> None:
     """Make the runs that have no outcome yet, and fill it in as each ends. Stops when there is something in `signals`."""
     total = ray.cluster_resources()
@@ -156,11 +140,11 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Images, outcomes
             raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: give less")
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
     images_there = ray.put(images)
-    configs = {planned.config.teacher: planned.config for planned in plan}
-    teachers = {name: ray.put(find_teachers(config)) for name, config in configs.items()}
+    configs = {(planned.config.init, planned.config.teacher): planned.config for planned in plan}
+    weights_there = {key: ray.put(load_weights(config)) for key, config in configs.items()}
     with _marked(Path(plan[0].config.log_dir)) as marker:
-        running = {task.remote(planned, images_there, teachers[planned.config.teacher], marker): number
-                   for number, planned in enumerate(plan) if outcomes[number] is None}
+        running = {task.remote(planned, images_there, weights_there[planned.config.init, planned.config.teacher], marker):
+                   number for number, planned in enumerate(plan) if outcomes[number] is None}
         print(f"{len(running)} runs on Ray: {total.get('CPU', 0):g} CPU cores, {total.get('GPU', 0):g} GPUs", flush=True)
         with tqdm(total=len(running), desc="sweep", disable=None, leave=False, dynamic_ncols=True, bar_format=BAR) as bar:
             while running and not signals:
@@ -187,25 +171,26 @@ def _collect(ray: Any, reference: Any, planned: PlannedRun) -> tuple[Outcome, st
         return Outcome.FAILED, f"failed: {type(error.cause).__name__}: {' '.join(str(error.cause).split())}"
     except ray.exceptions.RayError as error:
         return Outcome.FAILED, f"failed: its worker was lost ({str(error).splitlines()[0]})"
-    name = result.folder
+    name, log_dir = result.folder, Path(planned.config.log_dir)
     if result.files:
-        log_dir = Path(planned.config.log_dir)
         record = json.loads(result.files[CONFIG]) | {"number": next_number(log_dir)}
         name = make_run_folder(log_dir, name, result.files | {CONFIG: as_json(record).encode()}).name
     if result.outcome is Outcome.FAILED:
         return result.outcome, f"failed: {result.message}"
-    return result.outcome, f"{result.accuracy or result.outcome.value}, {name}"
+    if result.outcome not in (Outcome.TRAINED, Outcome.PRESENT):
+        return result.outcome, f"{result.outcome.value}, {name}"
+    metric = metric_of(planned.config.validation)
+    return result.outcome, f"{read_summary(log_dir / 'runs' / name)[metric]:.2f} % {JUDGED_BY[metric]} accuracy, {name}"
 
 
 @contextmanager
-def _marked(log_dir: Path) -> Iterator[Marker]:
-    """A marker in the log folder."""
-    marker = Marker(os.path.abspath(log_dir), f"shared-{secrets.token_hex(4)}", secrets.token_hex(16))
-    path = log_dir / "runs" / CLAIMS / marker.name
+def _marked(log_dir: Path) -> Iterator[str]:
+    """The path of a marker in the log folder for the body; see train_run."""
+    path = log_dir.absolute() / "runs" / CLAIMS / f"shared-{secrets.token_hex(16)}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, marker.token)
+    path.touch()
     try:
-        yield marker
+        yield str(path)
     finally:
         path.unlink(missing_ok=True)
 

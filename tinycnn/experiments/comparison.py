@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from config import UserError
-from tinycnn.experiments.differences import differences, effective_settings, procedure_of, same_network, short_identity
+from tinycnn.experiments.differences import alike, differences, hashes
 from tinycnn.experiments.statistics import (
     LEVEL,
     Estimate,
@@ -28,7 +28,7 @@ JUDGED_BY = {"val_acc": "validation", "test_acc": "test"}
 class Difference:
     """The difference between two groups' mean accuracies, in percentage points. nan stands for what one seed can't estimate."""
 
-    compared_with: str  # the newest run of the other group
+    base: "SettingGroup"  # the other group
     points: float
     error: float  # standard error
     p: float  # of the t-test
@@ -163,30 +163,20 @@ def _make_table(runs: Sequence[Run], reference: Run) -> Table:
 def _make_groups(runs: Sequence[Run], reference: Run) -> list[SettingGroup]:
     """Groups in the order of their newest runs. Of runs with the same seed, the newest counts."""
     groups: list[SettingGroup] = []
-    # Runs with an identity make the groups: what is recorded of the networks of others may fit several.
+    # Runs of before, with an identity, make the groups: the network's figures in others may fit several
     for run in sorted(runs, key=lambda run: "identity" not in run.record["network"]):
-        group = next((group for group in groups if _same_settings(run, group.runs[0], reference)), None)
+        group = next((group for group in groups if alike(run.record, group.runs[0].record)), None)
         if group is None:
             group = SettingGroup([], differences(run.record, reference.record))
             groups.append(group)
         if run.record["config"]["seed"] not in group.seeds:
             group.runs.append(run)
         group.is_reference |= run is reference
-    alike = [group for group in groups if sum(group.differs == other.differs for other in groups) > 1]
-    for group in alike:  # their networks differ, though a setting seemed to explain it
-        if not group.is_reference:
-            group.differs = group.differs | {"network": short_identity(group.runs[0].record["network"])}
+    for group in [group for group in groups if sum(group.differs == other.differs for other in groups) > 1]:
+        if not group.is_reference:  # the same files were edited, each time otherwise
+            group.differs = group.differs | hashes(group.runs[0].record)
     order = {id(run): place for place, run in enumerate(runs)}
     return sorted(groups, key=lambda group: order[id(group.runs[0])])
-
-
-def _same_settings(run: Run, other: Run, reference: Run) -> bool:
-    network, other_network, reference_network = (each.record["network"] for each in (run, other, reference))
-    if same_network(network, reference_network):  # also where it has no identity: the likeliest of those that its figures fit
-        network = reference_network
-    config, other_config = run.record["config"], other.record["config"]
-    return (effective_settings(config) == effective_settings(other_config) and same_network(network, other_network)
-            and procedure_of(run.record) == procedure_of(other.record))
 
 
 def _shared(differing: Sequence[Mapping[str, str]]) -> dict[str, str]:
@@ -213,7 +203,7 @@ def compare_groups(groups: Sequence[SettingGroup]) -> dict[int, Estimate]:
     tested = sum(not math.isnan(p) for p in p_values)
     for (group, base), error, difference, p, corrected in zip(pairs, errors, points, p_values, holm(p_values), strict=True):
         detectable = math.nan if math.isnan(p) else detectable_difference(error, tested)
-        group.difference = Difference(base.name, difference, error.value, p, corrected, detectable)
+        group.difference = Difference(base, difference, error.value, p, corrected, detectable)
     for group in groups:
         group.standard_error = stds[group.epochs].value / math.sqrt(len(group.runs))
     return stds

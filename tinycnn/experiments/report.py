@@ -3,13 +3,19 @@
 import csv
 import io
 import math
+import os
 import re
+import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tinycnn.experiments.comparison import SettingGroup, Table
 from tinycnn.experiments.statistics import LEVEL, POWER, pooled_std
-from tinycnn.text import plural
+from tinycnn.runs.finding import PROGRAM
+from tinycnn.runs.record import Run
+from tinycnn.runs.sources import ON_TOP, present_sources, sources_of
+from tinycnn.text import plural, printable
 
 WIDTH = 80  # characters of a line
 CSV_COLUMNS = ("dataset", "run", "differs", "seeds", "count", "val_acc", "test_acc", "train_acc", "parameters", "multiply_adds",
@@ -19,8 +25,8 @@ CSV_COLUMNS = ("dataset", "run", "differs", "seeds", "count", "val_acc", "test_a
 
 def as_text(tables: Sequence[Table]) -> str:
     """The tables for a terminal, WIDTH characters wide."""
-    return "\n".join("\n".join([*textwrap.wrap(table.dataset, WIDTH), "", *_aligned(table), "", *_judgement(table), ""])
-                     for table in tables)
+    return "\n".join("\n".join([*textwrap.wrap(table.dataset, WIDTH), "", *_aligned(table), "", *_judgement(table),
+                                *_edits(table), ""]) for table in tables)
 
 
 def _aligned(table: Table) -> list[str]:
@@ -91,6 +97,31 @@ def _judgement(table: Table) -> list[str]:
     return textwrap.wrap(" ".join(parts), WIDTH)
 
 
+def _edits(table: Table) -> list[str]:
+    """The commands that show the edits of each row against its base, where the folders of both have a copy of the file."""
+    commands = []
+    for group in table.groups:
+        base = group.difference.base if group.difference else group
+        for name in ON_TOP:
+            files = [_from_here(_copy(each.runs[0], name)) for each in (base, group)]
+            edited = len({sources_of(each.runs[0].record).get(name) for each in (base, group)}) > 1
+            if edited and all(map(os.path.isfile, files)):
+                commands.append("  " + printable(shlex.join(["diff", *files])))
+    return ["", "To see what was edited:", *commands] if commands else []
+
+
+def _copy(run: Run, name: str) -> Path:
+    """The run's copy of a file; the program's own where the run, like the committed ones, has none and neither is edited."""
+    own = run.folder / name
+    as_shipped = name not in sources_of(run.record) and name not in present_sources()["edited"]
+    return PROGRAM / name if as_shipped and not own.exists() else own
+
+
+def _from_here(path: Path) -> str:
+    path = path.resolve()
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def _listed(differs: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {value}" for name, value in differs.items())
 
@@ -104,7 +135,7 @@ def as_csv(tables: Sequence[Table]) -> str:
         for group in table.groups:
             network, judged = group.runs[0].record["network"], group.difference
             comparison: list[object] = [""] * 6 if judged is None else [
-                judged.compared_with, judged.points, judged.error, judged.p, judged.corrected_p, judged.detectable]
+                judged.base.name, judged.points, judged.error, judged.p, judged.corrected_p, judged.detectable]
             writer.writerow([
                 table.dataset, group.name, _listed(group.differs) or "-", _seeds(group), len(group.runs), group.mean("val_acc"),
                 group.mean("test_acc"), group.mean("train_acc"), network["parameters"], network["multiply_adds"],

@@ -1,9 +1,8 @@
-"""Export a trained network as one file that runs without this program: for ONNX Runtime, in float32 or int8, or for
-torch.export."""
+"""Export a trained network as one file that runs without this program: for ONNX Runtime, in float32 or int8, for
+torch.export, or for a browser."""
 
 import contextlib
 import copy
-import importlib.util
 import io
 import json
 import logging
@@ -20,13 +19,14 @@ from torch import Tensor
 
 from config import SIDE, UserError
 from tinycnn.data.dataset import Split
+from tinycnn.errors import as_user_errors
 from tinycnn.inference.classifier import Classifier
 from tinycnn.inference.onnx_session import LogitsFunction, compute_in_batches, make_session, session_logits
-from tinycnn.training.errors import as_user_errors
+from tinycnn.inference.web import as_page, node_logits
+from tinycnn.packages import require
 
-EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "int8": ".int8.onnx"}
+EXPORT_SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "int8": ".int8.onnx", "web": ".html"}
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-INSTALL = f"python -m pip install {' '.join(ONNX_PACKAGES)}"
 OPSET = 18  # of ONNX: the lowest that torch's exporter writes
 LOGITS_TOLERANCE = 1e-4  # for the logits of an exported float network
 INT8_TOLERANCE = 0.5  # percentage points of accuracy that int8 may lose
@@ -34,19 +34,24 @@ CALIBRATION_IMAGES = 1000  # of the training images, for the ranges of int8's ac
 
 
 def check_packages(to: str) -> None:
-    """Raise UserError where a package that the export needs is missing."""
-    missing = [name for name in ONNX_PACKAGES if to != "torch" and importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--to {to} needs the package {' and '.join(missing)}: {INSTALL}")
+    """Raise UserError where a package that the export needs is missing or broken."""
+    if to in ("onnx", "int8"):
+        with quiet():
+            require(f"--to {to}", *ONNX_PACKAGES)
 
 
 def export_network(to: str, classifier: Classifier, class_names: Sequence[str], train: Split, test: Split,
                    logits: Tensor) -> tuple[bytes, str]:
     """Export a network, load the file back, and compare it with the network on the test images. `to` is a key of
     EXPORT_SUFFIXES; int8 is calibrated on some of `train`; `logits` are the network's for `test`, float32 N x classes, on the
-    CPU. Returns the file's content, and a line with the comparison."""
-    with _as_export_errors(to), quiet():
+    CPU. Returns the file's content, and a line with the comparison. A page is run by Node.js, or not compared without it."""
+    with exporting(to):
         folded = fold(classifier)
+        if to == "web":
+            data = as_page(folded, class_names, test)
+            page_logits = node_logits(data, test.images)
+            return data, ("not checked, for want of Node.js (node on PATH)" if page_logits is None else
+                          compare_logits(to, page_logits, logits.numpy(), test.labels))
         data = as_torch(folded, class_names) if to == "torch" else as_onnx(folded, class_names)
         if to == "int8":
             data = as_int8(data, calibration_images(train, CALIBRATION_IMAGES))
@@ -71,35 +76,29 @@ def compare_logits(to: str, exported: np.ndarray, logits: np.ndarray, labels: np
 
 
 @contextlib.contextmanager
-def _as_export_errors(to: str) -> Iterator[None]:
-    """Raise UserError in place of what the exporters raise on a network that they can't follow: nearly anything. A full disk
-    and exhausted memory keep their own errors."""
+def exporting(to: str) -> Iterator[None]:
+    """Keep the exporters quiet. Raise UserError in place of what they raise on a network that they can't follow: nearly
+    anything. A full disk and exhausted memory keep their own errors."""
     try:
-        with as_user_errors(), _unwrapped_errors():
+        with quiet():
             yield
-    except (UserError, OSError):
-        raise
-    except ImportError as error:
-        raise UserError(f"a package that --to {to} needs can't be loaded ({error}): {INSTALL}") from error
-    except Exception as error:
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()  # without colors
-        reason = lines[0][:200] if lines else type(error).__name__
-        raise UserError(f"the network in model.py can't be exported ({reason}): undo the edits that made it so, or use it from "
-                        "Python") from error
-
-
-@contextlib.contextmanager
-def _unwrapped_errors() -> Iterator[None]:
-    """Raise the error behind all others: the exporters wrap those that they meet."""
-    try:
-        yield
     except Exception as error:
         cause: BaseException = error
-        while cause.__cause__ is not None:
+        while cause.__cause__ is not None:  # the exporters wrap the errors that they meet
             cause = cause.__cause__
         if "bad_alloc" in str(cause) or "Failed to allocate memory" in str(cause):  # ONNX Runtime's, of no class of its own
-            raise MemoryError(str(cause)) from None
-        raise cause from None
+            cause = MemoryError(str(cause))
+        try:
+            with as_user_errors():
+                raise cause from None
+        except (UserError, OSError):
+            raise
+        except Exception:
+            lines = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).strip().splitlines()  # without colors
+            reason = lines[0][:200] if lines else type(cause).__name__
+            packages = "torch" if to in ("torch", "web") else " ".join(("torch", *ONNX_PACKAGES))
+            raise UserError(f"the network can't be exported ({reason}): undo the edits of model.py that made it so; if there "
+                            f"are none, reinstall {packages}") from cause
 
 
 @contextlib.contextmanager

@@ -6,33 +6,45 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from config import SETTINGS, Config, UserError, available_cores
-from tinycnn.data.batches import Batches, Policies, make_batches, make_policies, resolve_batches
-from tinycnn.data.dataset import DatasetMissing, Images
-from tinycnn.data.loading import load_images
-from tinycnn.inference.network import build_trained_net
+from augmentation import test_policy, train_policy
+from config import SETTINGS, Config, UserError
+from tinycnn.cores import default_threads
+from tinycnn.data.batches import choose_batches, make_batches, make_policies
+from tinycnn.data.dataset import Dataset, DatasetMissing
+from tinycnn.data.loading import load_dataset
+from tinycnn.data.tensors import Epoch
+from tinycnn.inference.classifier import check_finite
+from tinycnn.inference.logits import predict
 from tinycnn.runs.checkpoint import read_places
+from tinycnn.runs.record import present_names
 from tinycnn.runs.weights import Weights, find_weights, read_weights
-from tinycnn.training.machine import find_device, keep_freed_memory, memory_format
+from tinycnn.training.machine import find_device, keep_freed_memory, move
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Trained weights, their network in evaluation mode on `device`, and the images and policies of their run. `config` is the
-    run's, with the `batches` and `threads` of this machine."""
+    """Trained weights, their network in evaluation mode on `device`, and the dataset of their run. `config` is the run's, with
+    the `batches` and `threads` of this machine."""
 
     weights: Weights
     net: nn.Module
-    images: Images
-    policies: Policies
+    dataset: Dataset
     config: Config
     device: torch.device
 
-    def make_batches(self) -> Batches:
-        """Make the batches of the run."""
-        return make_batches(self.config, self.images, self.policies, self.device)
+    def predict(self, split: str = "test", mirrored: bool = False) -> tuple[Tensor, Tensor]:
+        """The network's logits, float32 N x classes, and the labels, int64 N, of the images of a split, or of their mirror
+        images; on the CPU. Raises UserError where a logit is not finite."""
+        statistics = self.weights.mean, self.weights.std
+        with make_batches(self.config, self.dataset, train_policy, test_policy, self.device, statistics) as batches:
+            epoch = batches.test() if split == "test" else batches.validation()
+            if mirrored:
+                epoch = Epoch(((images.flip(3), labels) for images, labels in epoch), epoch.images)
+            logits, labels = predict(self.net, epoch)
+        check_finite(logits)
+        return logits.cpu(), labels.cpu()
 
 
 def load_trained(arguments: Namespace) -> Trained:
@@ -40,32 +52,30 @@ def load_trained(arguments: Namespace) -> Trained:
     model.py, or None) and data_dir (None: where the run had its images)."""
     device = find_device(arguments.device)
     weights = read_weights(find_weights(Path(arguments.log_dir), arguments.run))
-    net = build_trained_net(weights, arguments.model)  # before any image is downloaded
+    net = weights.build_net(arguments.model)  # before any image is downloaded
     config = _restore_config(weights, arguments)
     try:
-        images = load_images(config.dataset, config.data_dir).hold_out(config.validation)
+        dataset = load_dataset(config.dataset, config.data_dir).hold_out(config.validation)
     except DatasetMissing as error:
         tried = f", and could not be downloaded ({error.__cause__})" if error.__cause__ else ""
         raise UserError(f"the images that {weights.path} was trained on are not in {config.data_dir}{tried}: name the folder "
                         "that holds them with --data-dir") from error
-    if not weights.trained_on(images):
+    if not weights.trained_on(dataset):
         raise UserError(f"the images in {config.data_dir} are not those that {weights.path} was trained on: name their folder "
                         "with --data-dir")
-    policies = make_policies(config, weights.mean, weights.std)
-    config = dataclasses.replace(config, batches=resolve_batches(config.batches, policies, images, device))
+    policies = make_policies(config, (weights.mean, weights.std), train_policy, test_policy)
+    config = dataclasses.replace(config, batches=choose_batches(config, dataset, policies, device))
     keep_freed_memory()
     torch.set_num_threads(config.threads)
-    return Trained(weights, net.to(device).to(memory_format=memory_format(device)), images, policies, config, device)
+    return Trained(weights, move(net, device), dataset, config, device)
 
 
 def _restore_config(weights: Weights, arguments: Namespace) -> Config:
     """The settings of the run on this machine. Those that only training needs have their defaults."""
-    data_dir = arguments.data_dir
-    if data_dir is None:
-        data_dir = read_places(weights.path.parent).get("data_dir", Config.data_dir)
-    here = {"data_dir": data_dir, "log_dir": arguments.log_dir, "device": arguments.device, "threads": available_cores()}
-    training = {"batches", "capture", "teacher", "deterministic", "instruction_set"}
-    known = {name: value for name, value in weights.config.items() if name in SETTINGS.keys() - training}
+    data_dir = arguments.data_dir or read_places(weights.path.parent).get("data_dir", Config.data_dir)
+    here = {"data_dir": data_dir, "log_dir": arguments.log_dir, "device": arguments.device, "threads": default_threads()}
+    training = {"batches", "capture", "init", "teacher", "deterministic", "instruction_set"}
+    known = {name: value for name, value in present_names(weights.config).items() if name in SETTINGS.keys() - training}
     try:
         return Config(**(known | here))
     except UserError as error:

@@ -1,9 +1,9 @@
 """Predict the classes of image files of any shape, mode and orientation."""
 
 import json
-import warnings
+import os
+import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,35 +11,44 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from config import UserError, available_cores
-from tinycnn.data.decoding import decode, report_resized
-from tinycnn.inference.classifier import Classifier
+from config import UserError
+from tinycnn.data.decoding import decode_each, report_resized
+from tinycnn.inference.classifier import Classifier, check_finite
 from tinycnn.text import printable
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF")  # Pillow's names
-SUFFIXES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".tif", ".tiff"}  # of the files in a folder
+# of the files in a folder
+SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".jfi", ".gif", ".bmp", ".webp", ".tif", ".tiff"}
 BATCH_SIZE = 256
 Prediction = list[tuple[str, float]]  # classes and their probabilities, the most probable first
 
 
 def image_files(names: Sequence[str]) -> list[Path]:
-    """The files of `names`: files as they are, and of a folder the image files, by suffix, in it and below it, without the
-    hidden ones."""
+    """The files of `names`: files as they are, whether they are there or not, and of a folder the image files, by suffix, in it
+    and below it, without the hidden ones. Prints one line on stderr about what else is in the folders."""
+    if not all(names):
+        raise UserError("the name of an image is empty")
     files: list[Path] = []
-    for name in names:
-        path = Path(name)
-        if not name:
-            raise UserError("the name of an image is empty")
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-                            and not any(part.startswith(".") for part in file.relative_to(path).parts))
-            if not inside:
-                raise UserError(printable(f"{path} holds no image files"))
-            files += inside
-        elif path.exists():
+    left_out: list[Path] = []
+
+    def unreadable(error: OSError) -> None:
+        left_out.append(Path(error.filename))
+
+    for path in map(Path, names):
+        if not path.is_dir():
             files.append(path)
-        else:
-            raise UserError(printable(f"there is no file {path}"))
+            continue
+        inside: list[Path] = []
+        for folder, folders, entries in os.walk(path, onerror=unreadable):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            left_out += [each for name in folders if (each := Path(folder, name)).is_symlink()]  # they may form a ring
+            inside += [Path(folder, name) for name in entries if not name.startswith(".")]
+        images = sorted(each for each in inside if each.suffix.lower() in SUFFIXES)
+        left_out += [each for each in inside if each.suffix.lower() not in SUFFIXES]
+        files += images or [path]  # a folder without any becomes an error
+    if left_out:
+        print(printable(f"left out {len(left_out)} of what the folders hold, such as {min(left_out)}: links to folders, what "
+                        "can't be read, and files not named as images are"), file=sys.stderr)
     return files
 
 
@@ -48,13 +57,11 @@ def predict_files(files: Sequence[Path], classifier: Classifier, class_names: Se
     """Predict each file, with `classifier` on `device`; an error stands in for the prediction of a file that can't be read.
     Prints one line on stderr at the end where images were resized."""
     resized = 0
-    with (ThreadPoolExecutor(min(8, available_cores())) as pool,  # a large image takes 200 MB while it is decoded
-          warnings.catch_warnings(action="ignore"),  # Pillow's, of odd metadata
-          tqdm(total=len(files), desc="predicting", unit="image", disable=None if len(files) > BATCH_SIZE else True,
-               leave=False) as bar):
+    with tqdm(total=len(files), desc="predicting", unit="image", disable=None if len(files) > BATCH_SIZE else True,
+              leave=False) as bar:
         for start in range(0, len(files), BATCH_SIZE):
             chunk = files[start:start + BATCH_SIZE]
-            decoded = list(pool.map(_decode_or_error, chunk))
+            decoded = list(decode_each([*map(str, chunk)], FORMATS))
             readable = [result for result in decoded if not isinstance(result, UserError)]
             resized += sum(was_resized for _, was_resized in readable)
             rows = iter(_probabilities(classifier, np.stack([image for image, _ in readable]), device) if readable else ())
@@ -64,16 +71,11 @@ def predict_files(files: Sequence[Path], classifier: Classifier, class_names: Se
     report_resized(resized, len(files))
 
 
-def _decode_or_error(path: Path) -> tuple[np.ndarray, bool] | UserError:
-    try:
-        return decode(str(path), FORMATS)
-    except UserError as error:
-        return error
-
-
 @torch.no_grad()
 def _probabilities(classifier: Classifier, images: np.ndarray, device: torch.device) -> Tensor:
-    return classifier(torch.from_numpy(images).to(device)).softmax(1).cpu()
+    probabilities = classifier(torch.from_numpy(images).to(device)).softmax(1)
+    check_finite(probabilities)
+    return probabilities.cpu()
 
 
 def _ranked(probabilities: Tensor, class_names: Sequence[str]) -> Prediction:

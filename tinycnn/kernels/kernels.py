@@ -224,13 +224,12 @@ def _load_logits(logits, row, valid, CLASSES: tl.constexpr, PADDED: tl.constexpr
 
 
 @triton.jit
-def softmax_loss(logits, labels, teachers, loss, gradients, sums, rows, smoothing, share, temperature,
+def softmax_loss(logits, labels, teachers, loss, gradients, rows, smoothing, share, temperature,
                  CLASSES: tl.constexpr, PADDED: tl.constexpr, TEACHERS: tl.constexpr, ROWS: tl.constexpr):
-    """The loss of tinycnn/training/step.py and tinycnn/training/distillation.py, and its gradients for the logits, rows x classes. Adds the
-    batch to the metrics' two sums, of the loss and of correct predictions. `teachers`: the logits of TEACHERS networks, each
-    rows x classes. One program, so sums have one order."""
+    """The loss of tinycnn/training/distillation.py, and its gradients for the logits, rows x classes. `teachers`: the logits of
+    TEACHERS networks, each rows x classes. One program, so the sum has one order."""
     value = tl.arange(0, PADDED)
-    total, right = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS)
         valid = row < rows
@@ -251,11 +250,8 @@ def softmax_loss(logits, labels, teachers, loss, gradients, sums, rows, smoothin
             lost = (1 - share) * lost + share * temperature * temperature * divergence
             gradient = (1 - share) * gradient + share * temperature * (tl.exp(log_predicted) - softened)
         total += tl.sum(tl.where(there, lost, 0.0), 1)
-        right += tl.where(valid & (tl.argmax(student, 1) == label), 1.0, 0.0)
         tl.store(gradients + row[:, None] * CLASSES + value[None, :], gradient / rows, mask=there)
     tl.store(loss, tl.sum(total, 0) / rows)
-    tl.store(sums, tl.load(sums) + tl.sum(total, 0))
-    tl.store(sums + 1, tl.load(sums + 1) + tl.sum(right, 0))
 
 
 # ---------------------------------------------------------------- backwards

@@ -14,7 +14,7 @@ AT_ONCE = 8  # sums of each program that one program adds up at least: 32 bytes,
 PROGRAMS = 528  # that add up rows, at most: four for each multiprocessor of an H100
 ENOUGH = 96  # programs that a launch has at least, if there are enough rows
 # Rows that a program takes at once, at most, and how Triton compiles it: of some 15 ways for each launch on an H100, each
-# timed by itself, those with the least sum (docs/speed.md tells them). benchmarks/fused_launches.py times others
+# timed by itself, those with the least sum (docs/speed.md)
 INPUT = (64, {"num_warps": 4, "num_stages": 1})
 SEPARABLE = (32, {"num_stages": 1})
 POINTWISE = (64, {"num_warps": 4, "num_stages": 1})
@@ -129,15 +129,15 @@ def head_backward(gradients: Tensor, head: Conv2d) -> Tensor:
     return found
 
 
-def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float, temperature: float,
-                 sums: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float,
+                 temperature: float) -> tuple[Tensor, Tensor]:
     """The mean loss on logits float32 N x classes, with labels int64 N and the logits of each teacher, N x classes, and its
-    gradients, N x classes. Adds the batch to the metrics' `sums`, float32 2."""
+    gradients, N x classes."""
     (rows, classes), padded = logits.shape, triton.next_power_of_2(logits.shape[1])
     loss, gradients = logits.new_empty(()), torch.empty_like(logits)
     teacher_logits = torch.stack(list(teachers)) if len(teachers) > 1 else teachers[0].contiguous() if teachers else logits
     kernels.softmax_loss[(1,)](
-        logits, labels, teacher_logits, loss, gradients, sums, rows, smoothing, share, temperature, CLASSES=classes,
+        logits, labels, teacher_logits, loss, gradients, rows, smoothing, share, temperature, CLASSES=classes,
         PADDED=padded, TEACHERS=len(teachers), ROWS=max(1, min(128, 4096 // padded)))
     return loss, gradients
 

@@ -1,32 +1,28 @@
-"""The loss of a step in one kernel, with its gradients and the metrics."""
+"""The loss of tinycnn/training/distillation.py in one kernel, with its gradients."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tinycnn.kernels import launches
-from tinycnn.training.step import Loss, TrainStep
 
 
 class _SoftmaxLoss(torch.autograd.Function):
     """What launches.softmax_loss computes."""
 
     @staticmethod
-    def forward(ctx, logits, labels, teachers, smoothing, share, temperature, sums):
-        loss, ctx.gradients = launches.softmax_loss(logits.contiguous(), labels, teachers, smoothing, share, temperature, sums)
+    def forward(ctx, logits, labels, teachers, smoothing, share, temperature):
+        loss, ctx.gradients = launches.softmax_loss(logits.contiguous(), labels, teachers, smoothing, share, temperature)
         return loss
 
     @staticmethod
     def backward(ctx, gradient):
-        return gradient * ctx.gradients, *6 * [None]
+        return gradient * ctx.gradients, *5 * [None]
 
 
-def fused_loss(step: TrainStep) -> Loss:
-    """What computes as `step.own_loss` does, metrics included."""
-    distillation = step.distillation
-    share, temperature = (distillation.weight, distillation.temperature) if distillation else (0.0, 1.0)
-
-    def loss(logits: Tensor, labels: Tensor, teacher_logits: list[Tensor]) -> Tensor:
-        return _SoftmaxLoss.apply(logits.float(), labels, teacher_logits, step.label_smoothing, share, temperature,
-                                  step.metrics.sums)
-
-    return loss
+def softmax_loss(logits: Tensor, labels: Tensor, teachers: Sequence[Tensor], smoothing: float, share: float,
+                 temperature: float) -> Tensor:
+    """The mean loss of a batch, a float32 scalar in nats: cross-entropy of the logits (N x classes, float32 or bfloat16) with
+    label smoothing, and with `share` the distillation loss from the logits of `teachers`, N x classes each."""
+    return _SoftmaxLoss.apply(logits.float(), labels, teachers, smoothing, share, temperature)

@@ -1,14 +1,12 @@
 """A depthwise-separable network with its training steps in a few large kernels."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from tinycnn.device import after_this, side_stream, wait_for
 from tinycnn.kernels import launches
-from tinycnn.network.receptive_field import in_mode
-from tinycnn.streams import after_this, side_stream, wait_for
 
 
 class Chain(nn.Module):
@@ -78,14 +76,25 @@ class _Outputs(torch.autograd.Function):
         return None, None, None, *reversed(found)
 
 
-def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
+class Fused(nn.Module):
+    """Computes as `net` does in training; `graph` does so by the kernels, with the layers of `net`."""
+
+    def __init__(self, net: nn.Module, graph: nn.Module) -> None:
+        super().__init__()
+        self.net, self.graph = net, [graph]  # in a list: its parameters are those of `net`
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.autocast("cuda", enabled=False):  # what follows is small: float32 saves its casts
+            return self.graph[0](images)
+
+
+def fuse(net: nn.Module) -> Fused | None:
     """What computes as `net` does in training, by the kernels; it shares the layers of `net`. None where `net` doesn't begin
-    with a Chain, or has hooks, which would not be called."""
+    with a Chain, or has hooks, which would not be called. Puts `net` into training mode."""
     if any(_has_hooks(module) for module in net.modules()):
         return None
     try:
-        with in_mode(net, training=True):
-            fused = fx.symbolic_trace(net)
+        fused = fx.symbolic_trace(net.train())
     except Exception:  # a forward that depends on its input can't be traced
         return None
     graph = fused.graph
@@ -111,11 +120,7 @@ def fuse(net: nn.Module) -> Callable[[Tensor], Tensor] | None:
     fused.add_submodule("chain", chain)
     fused.recompile()
 
-    def forward(images: Tensor) -> Tensor:
-        with torch.autocast("cuda", enabled=False):  # what follows is small: float32 saves its casts
-            return fused(images)
-
-    return forward
+    return Fused(net, fused)
 
 
 def _called(net: nn.Module, node: fx.Node, previous: fx.Node) -> nn.Module | None:

@@ -1,7 +1,6 @@
 """Compute the receptive field and the multiply-adds of every convolution from a forward pass."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +56,7 @@ def convolutions(net: nn.Module) -> list[Convolution]:
 
     `net` is left as it was. Raises what its forward pass raises.
     """
+    net = copy.deepcopy(net).eval()
     images = torch.zeros(1, 3, SIDE, SIDE, device=next(net.parameters()).device)
     fields = {_state(images): _Field(jump=1, size=1)}
     alive = [images]  # an id is only unique while its tensor lives
@@ -75,27 +75,12 @@ def convolutions(net: nn.Module) -> list[Convolution]:
         if isinstance(module, nn.Conv2d):
             found.append(_describe(module, names[module], field, output))
 
-    leaves = [module for module in net.modules() if not list(module.children())]
-    hooks = [hook for leaf in leaves for hook in (leaf.register_forward_pre_hook(arrive), leaf.register_forward_hook(leave))]
-    try:
-        with in_mode(net, training=False), torch.no_grad():
-            net(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for leaf in (module for module in net.modules() if not list(module.children())):
+        leaf.register_forward_pre_hook(arrive)
+        leaf.register_forward_hook(leave)
+    with torch.no_grad():
+        net(images)
     return found
-
-
-@contextmanager
-def in_mode(net: nn.Module, training: bool) -> Iterator[None]:
-    """Set all modules of `net` to training or evaluation mode, and restore the mode of each."""
-    before = {module: module.training for module in net.modules()}
-    net.train(training)
-    try:
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
 
 
 def _state(value: object) -> tuple[int, int]:

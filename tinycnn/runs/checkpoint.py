@@ -1,28 +1,28 @@
 """Checkpoints: written atomically, checked by SHA-256, and read without running code from the file."""
 
 import contextlib
-import copy
 import hashlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from config import UserError
 from tinycnn.runs.files import TEMPORARY, sync_folder, unwritable, write
 from tinycnn.runs.finding import CHECKPOINT, PREVIOUS_CHECKPOINT
-from tinycnn.runs.log import Row, check_rows
-from tinycnn.runs.record import Record, check_record
+from tinycnn.runs.log import check_rows
+from tinycnn.runs.record import check_record
 
+# What a checkpoint holds: net, optimizer and scheduler (their state_dicts), rows (the log so far), record (config.json), places
+# (paths on this machine: data_dir, log_dir, teacher), and best (the epoch and the network of the highest validation accuracy).
+# Older ones have no scheduler
 State = dict[str, Any]
-KEYS = {"net", "optimizer", "rows", "record", "places"}  # what every checkpoint has; `best` where images are held out
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
-          torch.uint8, torch.bool)
+KEYS = {"net", "optimizer", "rows", "record", "places"}
 DIGEST = hashlib.sha256().digest_size
 
 
@@ -30,27 +30,7 @@ class CheckpointCorrupt(UserError):
     """A checkpoint that is missing, damaged, or not one of this program."""
 
 
-def make_state(net: nn.Module, optimizer: torch.optim.Optimizer, rows: list[Row], record: Record,
-               places: Mapping[str, str]) -> State:
-    """Return the content of a checkpoint. The tensors are the network's own, not copies."""
-    return {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "rows": rows, "record": record,
-            "places": dict(places)}
-
-
-def copy_state(state: State) -> State:
-    """A copy of what make_state returns; of its rows the list only. A GPU copies the tensors by a few kernels."""
-    learned = [value for values in state["optimizer"]["state"].values() for value in values.values()]
-    tensors = [value for value in (*state["net"].values(), *learned) if isinstance(value, torch.Tensor)]
-    places = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
-    copies = dict(zip(places, map(torch.empty_like, tensors), strict=True))  # shared weights stay shared
-    for dtype in {tensor.dtype for tensor in tensors}:  # of several at once, it would copy each tensor by itself
-        alike = [(place, tensor) for place, tensor in zip(places, tensors, strict=True) if tensor.dtype == dtype]
-        torch._foreach_copy_([copies[place] for place, _ in alike], [tensor for _, tensor in alike])
-    copied = {id(tensor): copies[place] for tensor, place in zip(tensors, places, strict=True)}
-    return copy.deepcopy(state, copied | {id(row): row for row in state["rows"]})
-
-
-def pack(state: Mapping[str, Any]) -> bytes:
+def pack(state: State) -> bytes:
     """`state` as a file that torch.load also reads, followed by its SHA-256."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -58,7 +38,7 @@ def pack(state: Mapping[str, Any]) -> bytes:
     return content + hashlib.sha256(content).digest()
 
 
-def write_checkpoint(folder: Path, state: Mapping[str, Any]) -> None:
+def write_checkpoint(folder: Path, state: State) -> None:
     """Make `state` the newest checkpoint in a run's folder, and the newest so far the previous one."""
     newest, fresh = folder / CHECKPOINT, folder / f"{TEMPORARY}{CHECKPOINT}"
     write(fresh, pack(state), durable=True)
@@ -76,48 +56,38 @@ def unpack(path: Path) -> State:
     """The state in the file `path`, its tensors on the CPU. Raises CheckpointCorrupt."""
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path.name} can't be read ({error.strerror})") from error
-    content, digest = data[:-DIGEST], data[-DIGEST:]
-    if hashlib.sha256(content).digest() != digest:
-        raise CheckpointCorrupt(f"{path.name} is damaged (its checksum is wrong)")
-    try:  # the checksum doesn't protect against a malicious file: load tensors and plain values only
+        content, digest = data[:-DIGEST], data[-DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("its checksum is wrong")
         with warnings.catch_warnings(action="ignore"):  # of foreign content, about which the error says enough
+            # the checksum doesn't protect against a malicious file: load tensors and plain values only
             state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises nearly anything on foreign content
-        raise CheckpointCorrupt(f"{path.name} holds no checkpoint that is safe to load") from error
-    try:
         _check_state(state, path)
-    except UserError as error:
-        raise CheckpointCorrupt(f"{path.name} is no checkpoint of this program") from error
+    except Exception as error:  # torch.load raises nearly anything on foreign content
+        raise CheckpointCorrupt(f"{path.name} is damaged, or no checkpoint of this program "
+                                f"({getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]})") from error
     return state
 
 
 def _check_state(state: Any, path: Path) -> None:
-    """Raise UserError unless `state` has the parts of a checkpoint, each of its type, and no tensor with a NaN."""
+    """Raise ValueError or UserError unless `state` is that of a checkpoint, with no tensor that holds a NaN."""
     if not isinstance(state, dict) or not state.keys() >= KEYS:
-        raise UserError("a part is missing")
+        raise ValueError("a part is missing")
     best, optimizer, places = state.get("best"), state["optimizer"], state["places"]
-    valid = _is_net(state["net"]) and isinstance(optimizer, dict) and isinstance(optimizer.get("state"), dict)
-    valid = valid and all(isinstance(values, dict) and all(value is None or _is_tensor(value) for value in values.values())
-                          for values in optimizer["state"].values())
-    valid = valid and isinstance(places, dict) and all(isinstance(place, str) for place in places.values())
-    if best is not None:
-        valid = valid and isinstance(best, dict) and type(best.get("epoch")) is int and _is_net(best.get("net"))
-        valid = valid and {name: tensor.shape for name, tensor in best["net"].items()} == {
-            name: tensor.shape for name, tensor in state["net"].items()}
-    if not valid:
-        raise UserError("a part has the wrong type")
+    nets = [state["net"], *([best["net"]] if best else [])]
+    valid = all(isinstance(net, dict) and all(map(_is_tensor, net.values())) for net in nets)
+    valid = valid and all(value is None or _is_tensor(value)
+                          for values in optimizer["state"].values() for value in values.values())
+    valid = valid and all(isinstance(place, str) for place in places.values())
+    if not valid or (best and (type(best["epoch"]) is not int or {name: each.shape for name, each in nets[0].items()} != {
+            name: each.shape for name, each in nets[1].items()})):
+        raise ValueError("a part has the wrong type")
     check_rows(state["rows"], path)
     check_record(state["record"], path)
 
 
-def _is_net(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(name, str) and _is_tensor(item) for name, item in value.items())
-
-
 def _is_tensor(value: Any) -> bool:
-    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested and value.dtype in DTYPES
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
     return plain and not value.isnan().any()  # infinity may stand in a buffer, such as a mask
 
 
@@ -140,3 +110,30 @@ def read_places(folder: Path) -> dict[str, str]:
         with contextlib.suppress(CheckpointCorrupt):
             return unpack(folder / name)["places"]
     return {}
+
+
+def load_states(state: State, net: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> None:
+    """Load a checkpoint into what was built for the same config. Raises nearly anything where the state doesn't fit."""
+    net.load_state_dict(state["net"])
+    saved, current = state["optimizer"], optimizer.state_dict()["param_groups"]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    learned = {index: dict(values) for index, values in saved["state"].items()}
+    for index, values in learned.items():
+        for name, value in values.items():
+            if value is None or name == "step":
+                continue
+            if name == "momentum_buffer" and value.shape != parameters[index].shape:
+                raise ValueError(f"the momentum of parameter {index} has the shape {value.shape}")
+            if value.shape == parameters[index].shape:  # the parameter's memory format: fused optimizers want no other
+                values[name] = torch.empty_like(parameters[index], dtype=value.dtype).copy_(value)
+    if "scheduler" in state:  # it may have changed the settings of the groups; how they are computed is the device's
+        machine = ("fused", "foreach", "capturable")
+        current = [before | {name: group[name] for name in machine if name in group}
+                   for before, group in zip(saved["param_groups"], current, strict=True)]
+    optimizer.load_state_dict({"state": learned, "param_groups": current})
+    if "scheduler" in state:
+        scheduler.load_state_dict(state["scheduler"])
+        return
+    with warnings.catch_warnings(action="ignore"):  # that no step of the optimizer came before
+        for _ in state["rows"]:
+            scheduler.step()

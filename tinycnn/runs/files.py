@@ -7,7 +7,8 @@ import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+
+from filelock import FileLock, Timeout
 
 from config import UserError
 from tinycnn.data.leftovers import remove_leftovers
@@ -60,30 +61,22 @@ def sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def lock_file(path: Path) -> IO[bytes] | None:
-    """Lock `path`, which is made if it isn't there; None where another process holds the lock.
+def lock_file(path: Path, seconds: float = 0.1) -> FileLock | None:
+    """Lock `path`, which is made if it isn't there; None where another process holds the lock for so many seconds.
 
-    The lock lasts until the returned file is closed or this process ends. Child processes don't inherit it.
+    The lock lasts until it is released, or this process ends.
     """
+    lock = FileLock(path)
     try:
-        file = open(path, "ab")  # noqa: SIM115 (stays open for as long as the lock)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    try:
-        if os.name == "nt":
-            import msvcrt
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.close()
+        lock.acquire(timeout=seconds)  # with 0, a free lock is now and then refused
+    except Timeout:
         return None
-    except OSError as error:
-        file.close()
-        raise NoFileLocks(f"the file system of {path.parent} has no file locks ({error.strerror}), without which two programs "
-                        "could train the same run: choose another --log-dir") from error
-    return file
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOTSUP):
+            raise unwritable(path, error) from error
+        raise NoFileLocks(f"the file system of {path.parent} has no file locks ({getattr(error, 'strerror', error)}), without "
+                          "which two programs could train the same run: choose another --log-dir") from error
+    return lock
 
 
 def make_run_folder(log_dir: Path, stem: str, files: Mapping[str, bytes | str]) -> Path:

@@ -2,17 +2,20 @@
 
 import contextlib
 import json
+import os
+import platform
 import re
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, did_you_mean
 from tinycnn.runs.record import CONFIG, FINAL, SUMMARY
 
 PROGRAM = Path(__file__).parents[2]
 REFERENCE = PROGRAM / "logs" / "reference"  # the committed run of the defaults
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
+JOB = ".job"  # a file in the folder of a run that torchrun has started: the job
 DIVERGED = ".diverged"  # an empty file in the folder of a run whose loss was no longer finite
 
 
@@ -57,7 +60,11 @@ def named_runs(log_dir: Path, name: str) -> list[Path]:
              or (name in folder.name and name == _name(folder))]
     found = found or [path for path in (Path(name), PROGRAM / name) if path.is_dir()][:1]
     if not name or not found:
-        raise UserError(f"there is no run {name!r}: neither a folder or a --name in {log_dir / 'runs'} nor a path to one")
+        parents = [parent for parent in (Path(name).parent, PROGRAM / Path(name).parent) if parent.is_dir()]
+        near = [*(folder.name for folder in find_runs(log_dir)),
+                *(str(Path(name).parent / path.name) for parent in parents for path in parent.iterdir())]
+        raise UserError(f"there is no run {name!r}, neither a folder or a --name in {log_dir / 'runs'} nor a path to one"
+                        + did_you_mean(name, near))
     return [folder.resolve() for folder in found]
 
 
@@ -92,7 +99,8 @@ def find_unfinished(log_dir: Path, name: str) -> Path:
     if not name:
         raise UserError(f"there is no unfinished run in {log_dir / 'runs'}: start one without --resume")
     if run_state(folders[0]) is RunState.FINISHED:
-        raise UserError(f"run {folders[0].name} is finished: there is nothing to resume")
+        raise UserError(f"run {folders[0].name} is finished: there is nothing to resume; to train on, start a new run with "
+                        f"--init {folders[0].name}")
     raise UserError(f"{folders[0]} has no checkpoint, so it can't be resumed")
 
 
@@ -125,3 +133,20 @@ def peek_record(folder: Path) -> dict[str, Any]:
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts 2 before 10."""
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def find_job_run(log_dir: Path) -> tuple[RunState, Path]:
+    """The run that this job of torchrun began before its processes were restarted, and its state; FOREIGN if there is none."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return RunState.FOREIGN, Path()
+    for folder in find_runs(log_dir):
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            if (folder / JOB).read_text(encoding="utf-8") == job_name():
+                return run_state(folder), folder
+    return RunState.FOREIGN, Path()
+
+
+def job_name() -> str:
+    """The name of torchrun's job: its own, or its process where it has none. Empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return f"{platform.node()} {os.getppid()}" if name == "none" else name

@@ -1,6 +1,7 @@
 """model_accuracy.log: comment lines, a header row, and an aligned row for each epoch."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ FORMATS = {
     "epoch": "d", "lr": ".6f", "train_loss": ".4f", "train_acc": ".2f", "val_loss": ".4f", "val_acc": ".2f",
     "test_loss": ".4f", "test_acc": ".2f", "seconds": ".2f",
 }
+WIDTH = 80  # columns of a terminal
+NEEDED = set(FORMATS) - {"val_loss", "val_acc"}
 Row = dict[str, float]  # one epoch: a value for each column; accuracies in percent, losses in nats per image
 
 
@@ -27,8 +30,15 @@ class AccuracyLog:
         """`record` is the content of config.json, `rows` the epochs so far."""
         self.folder, self.log_dir, self.rows = folder, log_dir, rows
         self.comments = comments(folder.name, record)
-        # the columns of a validation only where there is one
-        self.columns = [name for name in FORMATS if record["config"]["validation"] or not name.startswith("val_")]
+        self.validation = bool(record["config"]["validation"])
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the table: those of a validation only where there is one, and those that main.py has added."""
+        added = dict.fromkeys(name for row in self.rows for name in row if name not in FORMATS)
+        there = {name for row in self.rows for name in row}
+        known = [name for name in FORMATS if self.validation or name in there or not name.startswith("val_")]
+        return [*known[:-1], *added, known[-1]]
 
     def start(self, network_summary: str) -> None:
         """Write the log so far and torch_summary.log, and take over the copies in the log folder."""
@@ -51,6 +61,11 @@ class AccuracyLog:
         """The content of the file."""
         return "".join(f"# {line}\n" for line in self.comments) + table(self.rows, self.columns)
 
+    def heading(self) -> str:
+        """The comments for a terminal of WIDTH columns; the file has more."""
+        lines = [line for line in self.comments if not line.startswith(("normalization: ", "versions: "))]
+        return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False) for line in lines)
+
     def header(self) -> str:
         """The header row, for a terminal."""
         return table([], self.columns).rstrip("\n")
@@ -62,10 +77,16 @@ class AccuracyLog:
 
 def table(rows: Sequence[Row], columns: Sequence[str], missing: str = "nan") -> str:
     """A header row and an aligned row for each epoch. All columns together take 80 characters, the width of a terminal."""
-    widths = [8 if name in ("lr", "seconds") else len(name) for name in columns]
-    cells = [columns, *([missing if math.isnan(row[name]) else format(row[name], FORMATS[name]) for name in columns]
+    widths = [max(8 if name in ("lr", "seconds") or name not in FORMATS else 0, len(name)) for name in columns]
+    cells = [columns, *([_cell(row.get(name, math.nan), FORMATS.get(name, ".4g"), missing) for name in columns]
                         for row in rows)]
     return "".join(" ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) + "\n" for line in cells)
+
+
+def _cell(value: float, form: str, missing: str) -> str:
+    """A value of at most nine characters, so that a loss of 25 digits stays in its column."""
+    text = missing if math.isnan(value) else format(value, form)
+    return text if len(text) < 10 else format(value, ".2e")
 
 
 def comments(name: str, record: dict[str, Any]) -> list[str]:
@@ -104,7 +125,7 @@ def read_log(path: Path) -> tuple[list[str], list[Row]]:
     cells = [line.split() for line in lines if line and not line.startswith("#")]
     header = cells[0] if cells else []
     known = [name for name in FORMATS if name in header]
-    if not header or header != known:
+    if not set(header) >= NEEDED or [name for name in header if name in FORMATS] != known or len(set(header)) < len(header):
         raise UserError(f"{path} is not a complete log of a run: its table is damaged")
     try:
         rows = [{name: int(cell) if name == "epoch" else float(cell) for name, cell in zip(header, line, strict=True)}
@@ -122,10 +143,10 @@ def check_rows(rows: object, path: Path) -> None:
 
 
 def _is_row(row: object) -> bool:
-    """Whether `row` has the columns of a row; nan stands for what was not measured."""
-    if not isinstance(row, dict) or not set(FORMATS) - {"val_loss", "val_acc"} <= row.keys() <= FORMATS.keys():
+    """Whether `row` has the columns of a row, and maybe more; nan stands for what was not measured."""
+    if not isinstance(row, dict) or not row.keys() >= NEEDED:
         return False
     if type(row["epoch"]) is not int or not all(type(value) in (int, float) for value in row.values()):
         return False
     return all(math.isnan(value) or (0 <= value <= 100 if name.endswith("_acc") else abs(value) < math.inf)
-               for name, value in row.items())  # a loss of the user's own may be negative
+               for name, value in row.items() if name in FORMATS)  # a loss of the user's own may be negative

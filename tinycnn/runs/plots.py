@@ -1,6 +1,6 @@
-"""The pictures of one run, as PNG files."""
+"""The pictures of one run. Each function returns a figure; call it, and tinycnn.runs.drawing.save, within `drawing`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import albumentations as A
@@ -14,203 +14,206 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from config import SIDE
-from tinycnn.data.dataset import Images, Split
+from tinycnn.data.dataset import Split
 from tinycnn.runs.drawing import BLUE, COLOURS, GREEN, GREY, LIGHT_GREY, ORANGE, label, label_line_ends, save
 from tinycnn.runs.record import Run
 
-SPLITS = {"train": (BLUE, "training"), "val": (GREEN, "validation"), "test": (ORANGE, "test")}
 MOST_NUMBERS = 20  # classes, up to which a confusion matrix has numbers in its cells
+MOST_PAIRS, MOST_OF_A_PAIR = 9, 4  # mistakes that are drawn
 
 
-def draw_all(run: Run, images: Images, policy: A.Compose, probabilities: np.ndarray, stages: dict[str, int]) -> list[str]:
-    """Draw all pictures of a finished run into its folder, and return their names.
-
-    `policy` is that of the training images, `probabilities` are those of the test images, float N x classes, and `stages` are
-    the receptive fields behind the stages of the network, in pixels.
-    """
-    names, labels = images.class_names, images.test.labels
-    draw_accuracy(run, run.folder / "accuracy.png")
-    draw_confusion_matrix(labels, probabilities.argmax(1), names, run.folder / "confusion_matrix.png")
-    draw_mistakes(images.test, probabilities, names, run.folder / "mistakes.png")
-    draw_augmentation(images.train, policy, names, run.folder / "augmentation.png")
-    draw_receptive_field(images.test.images[0], stages, run.folder / "receptive_field.png")
-    return ["accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png"]
-
-
-def draw_accuracy(run: Run, path: Path) -> None:
-    """Draw accuracy and loss by epoch, and the learning rate below."""
+def accuracy(run: Run, reference: Run | None = None) -> Figure:
+    """Accuracy, loss and learning rate by epoch. `reference`: a run on the same images, drawn in grey."""
+    epochs = [row["epoch"] for row in run.rows]
     figure = Figure(figsize=(8, 8), layout="constrained")
     upper, middle, lower = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1))
-    epochs = [row["epoch"] for row in run.rows]
-    for axes, metric in ((upper, "acc"), (middle, "loss")):
-        _draw_curves(axes, run, metric)
-    upper.set(ylabel="accuracy, %")
-    upper.set_title(f"{label(run.folder.name, 50)} on {label(run.record['dataset']['kind'])}", loc="left", fontsize=13)
-    middle.set(ylabel="loss, nats per image")
-    lower.plot(epochs, [row["lr"] for row in run.rows], color=GREY, marker="o" if len(epochs) == 1 else None)
-    lower.set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
+    lower.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
     lower.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    lines = [(run.rows, "train", BLUE, "training"), (run.rows, "val", GREEN, "validation"), (run.rows, "test", ORANGE, "test")]
+    if reference:
+        lines.insert(0, (reference.rows[:len(epochs)], "test", GREY, "reference, test"))
+    for axes, metric in ((upper, "acc"), (middle, "loss")):
+        ends = []
+        for rows, split, colour, words in lines:
+            points = [(row["epoch"], row[f"{split}_{metric}"]) for row in rows
+                      if np.isfinite(row.get(f"{split}_{metric}", np.nan))]
+            if points:
+                _draw_line(axes, points, colour)
+                axes.plot((points[-1][0], epochs[-1]), (points[-1][1],) * 2, ":", color=colour)  # of a shorter reference
+                ends.append((epochs[-1], points[-1][1], f"{words} {points[-1][1]:.2f}", colour))
+        axes.margins(y=0.1)
+        label_line_ends(axes, ends)
+    _draw_line(lower, [(row["epoch"], row["lr"]) for row in run.rows], GREY)
+    upper.set(ylabel="accuracy, %", title=f"{label(run.folder.name, 50)} on {label(run.record['dataset']['kind'])}")
+    middle.set(ylabel="loss, nats per image")
+    lower.set(ylabel="learning rate", xlabel="epoch", ylim=(0, None))
     figure.supxlabel("training is measured on augmented images", x=0.99, ha="right", fontsize=10, color=GREY)
     for axes in (upper, middle, lower):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
+        axes.grid()
+    return figure
 
 
-def _draw_curves(axes: Axes, run: Run, metric: str) -> None:
-    """Draw the metric, acc or loss, of every split by epoch, with its last value at the line's end."""
-    epochs, ends = [row["epoch"] for row in run.rows], []
-    for split, (colour, words) in SPLITS.items():
-        values = np.array([row.get(f"{split}_{metric}", np.nan) for row in run.rows])
-        known = np.flatnonzero(np.isfinite(values))
-        if len(known):
-            # where settings are chosen by validation, the test after the last epoch is a point by itself
-            axes.plot(epochs, values, color=colour, linewidth=1.8, marker="o" if len(known) == 1 else None, clip_on=False)
-            ends.append((epochs[known[-1]], values[known[-1]], f"{words} {values[known[-1]]:.2f}", colour))
-    margin = 0.01 * len(epochs) if len(epochs) > 1 else 0.5
-    axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)
-    label_line_ends(axes, ends)
+def _draw_line(axes: Axes, points: Sequence[tuple[float, float]], colour: str) -> None:
+    """A line through (x, y) points; a single one, as the test is where settings are chosen by validation, is a dot."""
+    axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.8, marker="o" if len(points) == 1 else None)
 
 
-def draw_confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw how many images of each class (rows) were predicted as which (columns), and the accuracy of each class. `labels`
-    and `predicted` are int, N."""
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """How many images of each class (rows) were predicted as which (columns), and the accuracy of each class. `labels` and
+    `predicted` are int, N."""
     classes = len(class_names)
     counts = np.bincount(labels * classes + predicted, minlength=classes * classes).reshape(classes, classes)
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = np.clip(0.55 * classes, 3, 11)  # inches
-    figure = Figure(figsize=(side + 4.2, side + 2.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(side, 1.6))
-    _draw_cells(left, counts, shares)
-    names = [label(name) for name in class_names]
-    every = -(-classes // 60)  # above 60 classes, some names only
-    size = float(np.clip(side * 72 / classes * every * 0.7, 5, 10))
-    left.set_xticks(range(0, classes, every), names[::every], rotation=90 if classes > MOST_NUMBERS else 45,
-                    ha="center" if classes > MOST_NUMBERS else "right", rotation_mode="default" if classes > MOST_NUMBERS
-                    else "anchor", fontsize=size)
-    left.set_yticks(range(0, classes, every), names[::every], fontsize=size)
-    left.set(xlabel="predicted class", ylabel="true class")
-    figure.suptitle("Test images: right predictions in blue, mistakes in orange")
-    own = 100 * shares.diagonal()
-    right.barh(range(classes), own, color=BLUE, height=0.8)
-    for row, value in enumerate(own if classes <= MOST_NUMBERS else []):
-        inside = value > 50
-        right.text(value + (-3 if inside else 3), row, f"{value:.1f}", ha="right" if inside else "left", va="center",
-                   color="white" if inside else "black", fontsize=9)
-    right.set(xlabel="accuracy, %", xlim=(0, 100))
-    right.set_title(f"all: {100 * (labels == predicted).mean():.2f} %", fontsize=11)
-    right.tick_params(axis="y", which="both", left=False)
-    right.spines[["top", "right"]].set_visible(False)
-    save(figure, path)
-
-
-def _draw_cells(axes: Axes, counts: np.ndarray, shares: np.ndarray) -> None:
-    """Blue cells on the diagonal; orange ones beside it, with a scale of their own: they are small beside the diagonal's."""
-    classes = len(counts)
-    diagonal = np.eye(classes, dtype=bool)
-    orange = LinearSegmentedColormap.from_list("mistakes", ["white", "#F5B78A", ORANGE, "#7A3500"])
-    most = max(shares[~diagonal].max(initial=0), 0.01)
-    cells = axes.imshow(np.ma.array(shares, mask=diagonal), cmap=orange, vmin=0, vmax=most, aspect="auto")
-    blue = LinearSegmentedColormap.from_list("right", ["white", BLUE])
-    axes.imshow(np.ma.array(shares, mask=~diagonal), cmap=blue, vmin=0, vmax=1, aspect="auto")
-    if classes > MOST_NUMBERS:
-        axes.figure.colorbar(cells, ax=axes, location="top", shrink=0.5, aspect=40,
-                             format=lambda share, _: f"{100 * share:.0f} %", label="of the class mistaken for another one")
-        return
-    axes.set_xticks(np.arange(classes - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(classes - 1) + 0.5, minor=True)
-    axes.grid(which="minor", color=LIGHT_GREY, linewidth=0.5)
-    axes.tick_params(which="minor", length=0)
-    for row, column in zip(*counts.nonzero(), strict=True):
-        dark = shares[row, column] > (0.5 if row == column else 0.5 * most)
-        axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9,
-                  color="white" if dark else "black")
-
-
-def draw_mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str], path: Path) -> None:
-    """Draw the 36 wrong predictions with the highest probability, float N x classes: the predicted class in orange, the true
-    one in blue."""
-    predicted, labels = probabilities.argmax(1), test.labels
-    wrong = np.flatnonzero(predicted != labels)
-    worst = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")[:36]]
-    names = [label(name, 13) for name in class_names]
-    figure = Figure(figsize=(11, 2.31 * max(-(-len(worst) // 6), 1) + 0.5), layout="constrained")
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = float(np.clip(0.55 * classes, 4, 11))  # inches
+    figure = Figure(figsize=(side + 3, side + 2), layout="constrained")
     axes = figure.subplots()
-    corners = _tile(axes, [test.images[index] for index in worst], columns=6, gaps=(14, 5))
-    for index, (x, y) in zip(worst, corners, strict=True):
-        middle = x + SIDE / 2
-        axes.text(middle, y - 0.7, f"predicted {names[predicted[index]]}\nwith {100 * probabilities[index].max():.1f} %",
-                  color=ORANGE, fontsize=9, ha="center", va="bottom", linespacing=1.1)
-        axes.text(middle, y + SIDE + 0.5, f"is {names[labels[index]]}", color=BLUE, fontsize=9, ha="center", va="top")
-    figure.suptitle(f"The {len(worst)} wrong predictions made with most confidence, of {len(wrong):,} wrong ones")
+    diagonal = np.eye(classes, dtype=bool)
+    most = max(shares[~diagonal].max(initial=0), 1)  # mistakes have a scale of their own: they are rare
+    orange = LinearSegmentedColormap.from_list("mistakes", ["white", "#F5B78A", ORANGE, "#7A3500"])
+    mistakes = axes.imshow(np.ma.array(shares, mask=diagonal), cmap=orange, vmin=0, vmax=most)
+    blue = LinearSegmentedColormap.from_list("right", ["white", BLUE])
+    axes.imshow(np.ma.array(shares, mask=~diagonal), cmap=blue, vmin=0, vmax=100)
+    if classes <= MOST_NUMBERS:
+        for row, column in zip(*counts.nonzero(), strict=True):
+            dark = shares[row, column] > (50 if row == column else most / 2)
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=9,
+                      color="white" if dark else "black")
+    else:
+        figure.colorbar(mistakes, shrink=0.5, format="%.1f %%", label="of the class mistaken for another one")
+    every = -(-classes // 60)  # above 60 classes, some names only
+    shown, size = range(0, classes, every), float(np.clip(side * 50 / classes * every, 5, 10))
+    axes.set_xticks(shown, [label(class_names[number]) for number in shown], rotation=90, fontsize=size)
+    axes.set_yticks(shown, [f"{label(class_names[number])}  {shares[number, number]:.1f} %" for number in shown], fontsize=size)
+    axes.spines[:].set(visible=True, color=LIGHT_GREY)
+    axes.set(xlabel="predicted class", ylabel="true class, and its accuracy",
+             title=f"Test images: {100 * (labels == predicted).mean():.2f} % right (blue); mistakes in orange")
+    return figure
+
+
+def confused_pairs(labels: np.ndarray, probabilities: np.ndarray) -> list[list[int]]:
+    """The wrong predictions by pair of true and predicted class, the most frequent pair first: indices of images, the most
+    confident first. `labels` are int, N; `probabilities` float, N x classes."""
+    predicted = probabilities.argmax(1)
+    pairs: dict[tuple[int, int], list[int]] = {}
+    for index in np.argsort(-probabilities.max(1), kind="stable"):
+        if predicted[index] != labels[index]:
+            pairs.setdefault((labels[index], predicted[index]), []).append(int(index))
+    return sorted(pairs.values(), key=len, reverse=True)
+
+
+def drawn_mistakes(pairs: Sequence[Sequence[int]]) -> list[int]:
+    """The indices of the images that `mistakes` draws."""
+    return [index for pair in pairs[:MOST_PAIRS] for index in pair[:MOST_OF_A_PAIR]]
+
+
+def mistakes(test: Split, probabilities: np.ndarray, class_names: Sequence[str], pairs: Sequence[Sequence[int]],
+             maps: Mapping[int, np.ndarray]) -> Figure:
+    """The most frequently confused pairs of classes, a row each: images with their index in the test set, and what the network
+    found of the predicted and of the true class where. `pairs` are those of `confused_pairs`, `maps` the class activation maps
+    of each drawn image, float, classes x h x w; empty where the network has none."""
+    names, drawn = [label(name, 13) for name in class_names], pairs[:MOST_PAIRS]
+    figure, axes = _canvas(width=MOST_OF_A_PAIR * 112 - 10, height=55 * len(drawn) or 20, scale=32)
+    for row, pair in enumerate(drawn):
+        top, true, predicted = 55 * row + 8, test.labels[pair[0]], probabilities[pair[0]].argmax()
+        axes.text(0, top - 2, f"{label(class_names[true])} taken for {label(class_names[predicted])}: {len(pair)}", fontsize=11)
+        for column, index in enumerate(pair[:MOST_OF_A_PAIR]):
+            left, image = 112 * column, test.images[index]
+            most = maps[index][[predicted, true]].max() if maps else 1
+            _show(axes, image, left, top)
+            axes.text(left + SIDE / 2, top + SIDE + 1.5, f"image {index}", fontsize=9, ha="center", va="top")
+            for x, number, colour in ((left + 34, predicted, ORANGE), (left + 68, true, BLUE)):
+                if maps:
+                    _show(axes, image, x, top, maps[index][number], most)
+                axes.text(x + SIDE / 2, top + SIDE + 1.5, f"{names[number]}\n{100 * probabilities[index, number]:.1f} %",
+                          color=colour, fontsize=9, ha="center", va="top")
+    figure.suptitle(f"{sum(map(len, pairs)):,} mistakes: the most frequent kinds, and the most confident ones of each" + (
+        "\nbeside each image: where the network saw the predicted class (orange) and the true one (blue)" if maps else ""))
+    return figure
+
+
+def draw_explanation(image: np.ndarray, class_names: Sequence[str], probabilities: np.ndarray, maps: np.ndarray,
+                     path: Path) -> None:
+    """Write a picture of an image as the network sees it, uint8 SIDE x SIDE x 3, and of where it saw the three most probable
+    classes. `probabilities` are float, classes; `maps` the class activation maps, float, classes x h x w."""
+    best = np.argsort(-probabilities, kind="stable")[:3]
+    figure, axes = _canvas(width=35 * (1 + len(best)) - 3, height=SIDE + 8, scale=14)
+    _show(axes, image, 0, 0)
+    axes.text(SIDE / 2, SIDE + 1, "the image as\nthe network sees it", ha="center", va="top")
+    for place, number in enumerate(best, start=1):
+        _show(axes, image, 35 * place, 0, maps[number], maps[best].max())
+        axes.text(35 * place + SIDE / 2, SIDE + 1, f"{label(class_names[number])}\n{100 * probabilities[number]:.1f} %",
+                  ha="center", va="top")
+    figure.suptitle("Bright: where the network saw its three most probable classes")
     save(figure, path)
 
 
-def draw_augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], path: Path, rows: int = 10,
-                      columns: int = 8) -> None:
-    """Draw an image of each of the first `rows` classes, and `columns` images that the policy makes of it, before they are
+def augmentation(train: Split, policy: A.Compose, class_names: Sequence[str], rows: int = 10, columns: int = 8) -> Figure:
+    """An image of each of the first `rows` classes, and `columns` images that the policy makes of it, before they are
     normalized."""
     visible = A.Compose([step for step in policy.transforms if not isinstance(step, A.Normalize | ToTensorV2)], seed=0)
     classes = np.unique(train.labels)[:rows]
-    pictures = []
-    for number in classes:
-        original = train.images[np.flatnonzero(train.labels == number)[0]]
-        pictures += [original, *(visible(image=original)["image"] for _ in range(columns))]
-    figure = Figure(figsize=(1.1 * (columns + 1) + 1.6, 1.1 * len(classes) + 1), layout="constrained")
-    axes = figure.subplots()
-    corners = _tile(axes, pictures, columns + 1, gaps=(3, 3))
-    for x, y in corners[::columns + 1]:
-        axes.add_patch(Rectangle((x, y), SIDE, SIDE, fill=False, edgecolor=BLUE, linewidth=3, clip_on=False))
-    axes.set_yticks([y + SIDE / 2 for _, y in corners[::columns + 1]], [label(class_names[number], 20) for number in classes],
-                    fontsize=11)
-    axes.set_xticks([SIDE / 2], ["original"], color=BLUE, fontsize=11)
-    axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
+    originals = [train.images[np.flatnonzero(train.labels == number)[0]] for number in classes]
+    copies = [[visible(image=image)["image"] for _ in range(columns)] for image in originals]
+    step = max(SIDE, *copies[0][0].shape[:2]) + 3
+    figure, axes = _canvas(width=step * (columns + 1), height=step * len(classes), scale=30)
+    for row, (original, made) in enumerate(zip(originals, copies, strict=True)):
+        for column, picture in enumerate([original, *made]):
+            margin = (step - len(picture)) / 2
+            _show(axes, picture, step * column + margin, step * row + margin)
+    axes.set_yticks([step * (row + 0.5) for row in range(len(classes))], [label(class_names[number], 20) for number in classes])
+    axes.set_xticks([step / 2], ["original"])
+    axes.tick_params(length=0, top=True, labeltop=True, labelbottom=False, labelsize=11)
     which = "each class" if len(classes) == len(class_names) else f"{len(classes)} of the {len(class_names)} classes"
     figure.suptitle(f"A training image of {which}, and {columns} augmented copies of it")
-    save(figure, path)
+    return figure
 
 
-def _tile(axes: Axes, pictures: Sequence[np.ndarray], columns: int, gaps: tuple[int, int]) -> list[tuple[int, int]]:
-    """Draw pictures, uint8 H x W x 3, row by row, with `gaps` between the rows and the columns. Returns the upper left corners
-    of the SIDE x SIDE pixels in the middle of each, (x, y). All lengths are in pixels of the pictures."""
-    side = max([SIDE, *(length for picture in pictures for length in picture.shape[:2])])
-    down, across = side + gaps[0], side + gaps[1]
-    rows = max(-(-len(pictures) // columns), 1)
-    corners = [(index % columns * across, index // columns * down) for index in range(len(pictures))]
-    canvas = np.full((rows * down - gaps[0], columns * across - gaps[1], 3), 255, dtype=np.uint8)
-    for picture, (x, y) in zip(pictures, corners, strict=True):
-        top, left = (y + (side - picture.shape[0]) // 2, x + (side - picture.shape[1]) // 2)
-        canvas[top:top + picture.shape[0], left:left + picture.shape[1]] = picture
-    axes.imshow(canvas, interpolation="nearest", extent=(0, canvas.shape[1], canvas.shape[0], 0))
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    return [(x + (side - SIDE) // 2, y + (side - SIDE) // 2) for x, y in corners]
-
-
-def draw_receptive_field(image: np.ndarray, stages: dict[str, int], path: Path) -> None:
-    """Draw over an image, uint8 SIDE x SIDE x 3, the square that a unit in the middle of each stage's map sees. `stages` are
-    receptive fields in pixels. The padding around the image is shaded."""
-    size, largest = image.shape[0], max(stages.values(), default=0)
-    view = min(max(size, largest), 3 * size)  # beyond, the image would be small
-    figure = Figure(figsize=(11.6, 9.7), layout="constrained")
+def receptive_fields(image: np.ndarray, fields: Mapping[str, int]) -> Figure:
+    """What a unit in the middle of each layer's map sees of an image, uint8 SIDE x SIDE x 3. `fields` are the receptive fields
+    of the layers, in pixels."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots()
-    edge = (view - size) / 2 + (1 if view > size else 0)
-    axes.set(xlim=(-edge, size + edge), ylim=(size + edge, -edge), xticks=[], yticks=[], aspect="equal")
-    axes.add_patch(Rectangle((-edge, -edge), size + 2 * edge, size + 2 * edge, facecolor="#F2F2F2", edgecolor="#D8D8D8",
-                             hatch="//", linewidth=0, zorder=0))
-    axes.imshow(image, interpolation="nearest", extent=(0, size, size, 0), zorder=1)
+    axes.imshow(image, extent=(0, SIDE, SIDE, 0))
+    axes.spines[:].set_visible(False)
+    axes.set(xticks=[], yticks=[], title=f"What a unit in the middle of each layer sees of a {SIDE} x {SIDE} image")
     ends = []
-    for number, (name, field) in enumerate(stages.items()):
-        colour = COLOURS[number % (len(COLOURS) - 1)]  # the last one, yellow, can't be read on white
-        corner = (size - field) / 2
-        if field <= view:
-            axes.add_patch(Rectangle((corner, corner), field, field, fill=False, edgecolor=colour, linewidth=2.5, zorder=2,
-                                     path_effects=[withStroke(linewidth=4.5, foreground="white")]))
-        words = f"{label(name)}: {field} x {field}" + ("" if field <= view else ", beyond the picture")
-        ends.append((min(size - corner, size + edge), max(corner, -edge), words, colour))
-    label_line_ends(axes, ends)
-    if largest > size:
-        axes.text(size / 2, size + edge / 2, "padding", ha="center", va="center", color=GREY,
-                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 3})
-    axes.set_title(f"What a unit in the middle of each stage sees of a {size} x {size} image", loc="left", fontsize=13)
-    save(figure, path)
+    for number, (name, field) in enumerate(fields.items()):
+        corner, side, colour = max((SIDE - field) / 2, 0), min(field, SIDE), COLOURS[number % len(COLOURS)]
+        axes.add_patch(Rectangle((corner, corner), side, side, fill=False, edgecolor=colour, linewidth=2.5,
+                                 path_effects=[withStroke(linewidth=4.5, foreground="white")]))
+        ends.append((corner + side, corner, f"{label(name)}: {field} x {field}", colour))
+    label_line_ends(axes, ends[::-1])
+    return figure
+
+
+def filters(weights: np.ndarray, name: str) -> Figure:
+    """The kernels of the first convolution as colours, each scaled by itself. `weights` are float, N x 3 x height x width."""
+    low, high = (end(weights, axis=(1, 2, 3), keepdims=True) for end in (np.min, np.max))
+    kernels = ((weights - low) / np.maximum(high - low, 1e-12)).transpose(0, 2, 3, 1)
+    step = max(weights.shape[2:]) + 0.5
+    rows = -(-len(kernels) // 8)
+    figure, axes = _canvas(width=8 * step, height=rows * step, scale=1.25 * step)
+    for number, kernel in enumerate(kernels):
+        _show(axes, kernel, number % 8 * step, number // 8 * step)
+    figure.suptitle(f"The {len(kernels)} filters of {label(name)}, each scaled by itself")
+    return figure
+
+
+def _canvas(width: float, height: float, scale: float) -> tuple[Figure, Axes]:
+    """Empty axes for `_show`, `width` x `height` pixels of pictures, of which `scale` are an inch."""
+    figure = Figure(figsize=(width / scale, height / scale + 0.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0, width), ylim=(height, 0), anchor="N", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _show(axes: Axes, picture: np.ndarray, x: float, y: float, heat: np.ndarray | None = None, most: float = 1) -> None:
+    """Show a picture, height x width x 3, with its upper left corner at (x, y); with `heat`, a class activation map, as a grey
+    one with the map over it, from 0 (dark) to `most` (bright)."""
+    extent = (x, x + picture.shape[1], y + picture.shape[0], y)
+    if heat is None:
+        axes.imshow(picture, extent=extent)
+    else:
+        axes.imshow(picture.mean(2), cmap="gray", vmin=0, vmax=255, extent=extent)
+        axes.imshow(heat, cmap="inferno", vmin=0, vmax=max(most, 1e-6), alpha=0.6, interpolation="bilinear", extent=extent)

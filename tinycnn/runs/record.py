@@ -1,25 +1,21 @@
 """Read and check what describes a run: config.json, the log, the summary."""
 
-import importlib.metadata
 import json
 import math
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
-from config import SETTINGS, Config, UserError, check_setting
-from tinycnn.data.dataset import Images
+from config import ALIASES, SETTINGS, UserError, check_setting
 from tinycnn.runs.log import ACCURACY_LOG, Row, read_log
+from tinycnn.runs.sources import check_sources
 
 CONFIG, SUMMARY, MODEL = "config.json", "summary.json", "model.py"  # files in a run's folder
+NAME_WEIGHTS = ("init", "teacher")  # settings that name trained weights; in records by name and digest
 FINAL, BEST = "final.safetensors", "best.safetensors"
-PATHS = ("data_dir", "log_dir")  # paths on this machine, left out of a run's records
-PACKAGES = {"torch": "torch", "torchvision": "torchvision", "cv2": "opencv-python-headless", "numpy": "numpy",
-            "albumentations": "albumentations"}
 Record = dict[str, Any]  # what config.json holds
 
 SCALAR = (str, int, float, bool)
@@ -43,39 +39,10 @@ class Run:
     summary: dict[str, Any] | None
 
 
-def make_record(config: Config, network: Mapping[str, Any], procedure: Mapping[str, str], images: Images,
-                machine: Mapping[str, Any], number: int, teacher: str) -> Record:
-    """The content of config.json. `network` is that of tinycnn.network.identity.describe_network, `procedure` that of
-    tinycnn.training.procedure.describe_procedure, `machine` has the device, the instruction set, and the number of processes where
-    there are several, `number` counts the runs of a log folder, `teacher` names the teacher's weights wherever they lie."""
-    mean, std = images.statistics
-    return {
-        "number": number,
-        "config": {key: value for key, value in asdict(config).items() if key not in PATHS} | {"teacher": teacher},
-        "network": dict(network),
-        "procedure": dict(procedure),
-        "dataset": {"kind": images.kind, "class_names": list(images.class_names), "sha256": images.fingerprint,
-                    "train": len(images.train), "validation": len(images.validation), "test": len(images.test),
-                    "mean": list(mean), "deviation": list(std)},
-        "machine": {**machine, "system": platform.system()},
-        "versions": {"python": platform.python_version()} | {
-            name: version for name, package in PACKAGES.items() if (version := _installed(package))},
-        "notes": [],
-    }
-
-
-def _installed(package: str) -> str | None:
-    """The version in the package's metadata: importing torchvision fails where it doesn't fit torch."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def teacher_digests(teacher: str) -> str:
-    """A record's teachers, RUN:DIGEST,RUN:DIGEST, without the names of the runs: weights are the same whatever their folder is
-    called."""
-    return re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", teacher)
+def digests(names: str) -> str:
+    """A record's teachers or init, RUN:DIGEST,RUN:DIGEST, without the names of the runs: weights are the same whatever their
+    folder is called."""
+    return re.sub(r"[^:]*:([0-9a-f]{8})(,|$)", r"\1\2", names)
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, float | int]:
@@ -97,10 +64,20 @@ def read_run(folder: Path) -> Run:
 
 
 def read_record(folder: Path) -> Record:
-    """The content of a run's config.json."""
+    """The content of a run's config.json, its settings by their present names."""
     record = _read_json(folder / CONFIG)
     check_record(record, folder / CONFIG)
-    return record
+    return record | {"config": present_names(record["config"])}
+
+
+def present_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of an earlier version by their present names and values."""
+    known = {ALIASES.get(name, name): value for name, value in settings.items()}
+    if isinstance(known.get("capture"), bool):  # as it once was
+        known["capture"] = "on" if known["capture"] else "off"
+    if isinstance(known.get("warmup"), float):
+        known["warmup"] = round(known["warmup"])
+    return known
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -117,15 +94,14 @@ def check_record(record: object, path: Path) -> None:
     if not _matches(record, SCHEMA):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
     assert isinstance(record, dict)
-    procedure = record.get("procedure", {})  # older records have none
-    keys = [*record["config"], *record["machine"], *record["versions"]]
-    scalars = [*record["config"].values(), *record["machine"].values(), *record["versions"].values()]
-    valid = (all(isinstance(key, str) for key in keys) and all(type(value) in SCALAR for value in scalars)
-             and isinstance(procedure, dict) and all(isinstance(text, str) for text in (*procedure, *procedure.values())))
-    if not valid or not len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"]):
+    procedure = record.get("procedure", {})  # older runs have that
+    valid = isinstance(procedure, dict) and all(isinstance(value, str) for value in procedure.values())
+    valid = valid and all(type(each) in SCALAR for name in ("config", "machine", "versions") for each in record[name].values())
+    if not valid or not check_sources(record.get("sources")) or not (
+            len(record["dataset"]["mean"]) == 3 == len(record["dataset"]["deviation"])):
         raise UserError(f"{path} is damaged, or not a config.json of this program")
-    for name, value in record["config"].items():
-        if name in SETTINGS and not (name == "capture" and isinstance(value, bool)):  # as it once was
+    for name, value in present_names(record["config"]).items():
+        if name in SETTINGS:
             try:
                 check_setting(SETTINGS[name], value)
             except UserError as error:

@@ -1,51 +1,48 @@
 """TensorBoard event files: the figures of a run's log, an epoch a step."""
 
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from config import UserError
+from tinycnn.packages import require
 from tinycnn.runs.log import Row
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 def check_tensorboard() -> None:
-    """Raise UserError where the package tensorboard is missing."""
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError as error:
-        raise UserError("--tensorboard needs the package tensorboard: python -m pip install tensorboard") from error
+    """Raise UserError where the package tensorboard is missing or broken."""
+    require("--tensorboard", "tensorboard", modules=("torch.utils.tensorboard",))
 
 
-@contextmanager
-def event_writer(wanted: bool, folder: Path, rows: Sequence[Row]) -> Iterator["SummaryWriter | None"]:
-    """A writer of event files into `folder`, or None. `rows` are the epochs so far. The last one is written again, in place of
-    its events and all later ones: a crash may have come between the row and its events."""
-    if not wanted:
-        yield None
-        return
-    from torch.utils.tensorboard import SummaryWriter  # an optional package
+class Events:
+    """Writes event files into `folder`, if they are wanted. `rows` are the epochs so far. The last one is written again, in
+    place of its events and all later ones: a crash may have come between the row and its events."""
 
-    hook, threading.excepthook = threading.excepthook, lambda _: None  # its thread's errors come here too, when it is flushed
-    try:
-        with SummaryWriter(str(folder), purge_step=max(0, len(rows) - 1)) as writer:
+    def __init__(self, wanted: bool, folder: Path, rows: Sequence[Row]) -> None:
+        self.writer = None
+        if wanted:
+            from torch.utils.tensorboard import SummaryWriter  # an optional package
+
+            # errors of its thread come here too, when it is flushed
+            self.hook, threading.excepthook = threading.excepthook, lambda _: None
+            self.writer = SummaryWriter(str(folder), purge_step=max(0, len(rows) - 1))
             for row in rows[-1:]:
-                write_events(writer, row)
-            yield writer
-    finally:
-        threading.excepthook = hook
+                self.write(row)
 
+    def write(self, row: Row) -> None:
+        """Write an epoch's row of the log as the scalars `loss/train`, `accuracy/test` and so on."""
+        if self.writer is None:
+            return
+        for name, value in row.items():
+            split, _, figure = name.rpartition("_")
+            if name != "epoch" and value == value:  # nan: not measured
+                tag = f"{figure.replace('acc', 'accuracy')}/{split}" if split in ("train", "val", "test") else name
+                self.writer.add_scalar(tag, value, int(row["epoch"]))
+        self.writer.flush()
 
-def write_events(writer: "SummaryWriter | None", row: Row) -> None:
-    """Write an epoch's row of the log as the scalars `loss/train`, `accuracy/test` and so on."""
-    if writer is None:
-        return
-    for name, value in row.items():
-        split, _, figure = name.rpartition("_")
-        if name != "epoch" and value == value:  # nan: not measured
-            writer.add_scalar(f"{figure.replace('acc', 'accuracy')}/{split}" if split else name, value, int(row["epoch"]))
-    writer.flush()
+    def close(self) -> None:
+        """Close the files."""
+        if self.writer is not None:
+            try:
+                self.writer.close()
+            finally:
+                threading.excepthook = self.hook

@@ -1,25 +1,27 @@
 """Trained weights: safetensors files with what is needed to use them."""
 
 import hashlib
+import inspect
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from config import Config, UserError, net_settings
-from model import Net
-from tinycnn.data.dataset import Images
-from tinycnn.network.identity import network_identity
+from config import SIDE, Config, UserError, flag, net_settings
+from tinycnn.data.dataset import Dataset
+from tinycnn.errors import as_user_errors
 from tinycnn.runs.files import write
 from tinycnn.runs.finding import PROGRAM, find_finished
-from tinycnn.runs.record import FINAL, MODEL
+from tinycnn.runs.network import NetClass, find_net_class
+from tinycnn.runs.record import FINAL, MODEL, NAME_WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Weights:
     std: tuple[float, ...]
     config: dict[str, Any]  # the run's settings, as in its config.json
     fingerprint: str | None  # of the images trained on; None in files from before it was kept
-    identity: str | None  # of the network (tinycnn.network.identity); None in files from before it was kept
+    model: str | None  # the hash of model.py's code (tinycnn.runs.sources); None in files from before it was kept
     digest: str  # SHA-256 of the tensors
 
     @property
@@ -42,33 +44,43 @@ class Weights:
         file = "" if self.path.name == FINAL else f"/{self.path.name}"
         return f"{self.path.resolve().parent.name}{file}:{self.digest[:8]}"
 
-    def trained_on(self, images: Images) -> bool:
+    def trained_on(self, images: Dataset) -> bool:
         """Whether these weights were trained on `images`, as far as the file tells."""
         if self.fingerprint:
             return self.fingerprint == images.fingerprint
         pairs = zip((*self.mean, *self.std), itertools.chain(*images.statistics), strict=True)
         return self.class_names == images.class_names and all(math.isclose(*pair) for pair in pairs)
 
-    def build_net(self) -> nn.Module:
-        """The network of these weights, on the CPU. Raises UserError where model.py has another one."""
-        net = Net(len(self.class_names), **net_settings(self.config))
-        self.check_identity(net, MODEL, "name a run of the present network, or undo the edits made since")
-        self.load_into(net)
+    def build_net(self, model: str | None = None) -> nn.Module:
+        """The network of these weights, on the CPU, in evaluation mode, by the rule of find_net_class; `model`: the file that
+        the user named. Raises UserError where these weights don't fit it."""
+        net_class = find_net_class(self.path, self.model, model)
+        try:
+            with as_user_errors(), torch.no_grad():
+                net = net_class(len(self.class_names), **_taken(net_class, net_settings(self.config)))
+                net.load_state_dict(self.tensors)
+                output = net.eval()(torch.zeros(2, 3, SIDE, SIDE))
+                if output.shape != (2, len(self.class_names)):
+                    raise ValueError(f"it returns {' x '.join(map(str, output.shape))} for 2 images, not 2 x "
+                                     f"{len(self.class_names)}, a logit for each class")
+        except UserError:
+            raise
+        except Exception as error:  # an edited model.py may raise anything
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{self.path} does not hold weights of Net in {model or MODEL} for {len(self.class_names)} classes "
+                            f"({reason}): name the model.py that it was trained with (--model FILE), or another run") from error
         return net
 
-    def check_identity(self, net: nn.Module, source: str, remedy: str) -> None:
-        """Raise UserError, which ends with the `remedy`, where these weights record the identity of another network than `net`,
-        which the file `source` defines."""
-        if self.identity and self.identity != network_identity(net):
-            raise UserError(f"{self.path} holds weights of another network than that of {source}: {remedy}")
 
-    def load_into(self, net: nn.Module, remedy: str = "undo the edits made since, or train again") -> None:
-        """Copy these weights into `net`. Raises UserError, which ends with the `remedy`, where they don't fit."""
-        try:
-            net.load_state_dict(self.tensors)
-        except RuntimeError as error:
-            raise UserError(f"{self.path} does not hold weights of the network in model.py for {len(self.class_names)} classes "
-                            f"({' '.join(str(error).split())[:200]}): {remedy}") from error
+NamedWeights = Mapping[str, list[Weights]]  # the weights that each of NAME_WEIGHTS names
+
+
+def _taken(net_class: NetClass, settings: dict[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that `net_class` takes: an older model.py may lack some, which had no effect then."""
+    parameters = inspect.signature(net_class).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return settings
+    return {name: value for name, value in settings.items() if name in parameters}
 
 
 def find_weights(log_dir: Path, name: str | None) -> Path:
@@ -82,50 +94,93 @@ def find_weights(log_dir: Path, name: str | None) -> Path:
     return path
 
 
-def find_teachers(config: Config) -> list[Weights]:
-    """The weights of the teachers that the config names."""
-    try:
-        return [read_weights(find_weights(Path(config.log_dir), name)) for name in config.teacher.split(",") if name]
-    except UserError as error:
-        raise UserError(f"--teacher: {error}") from error
+def load_weights(config: Config) -> NamedWeights:
+    """The weights that the config's NAME_WEIGHTS name."""
+    found = {}
+    for setting in NAME_WEIGHTS:
+        try:
+            names = getattr(config, setting).split(",")
+            found[setting] = [read_weights(find_weights(Path(config.log_dir), name)) for name in names if name]
+        except UserError as error:
+            raise UserError(f"{flag(setting)}: {error}") from error
+    return found
 
 
-def check_teachers(teachers: Sequence[Weights], images: Images) -> None:
-    """Raise UserError where a teacher has seen other images than this run's, so it may know those that are held out."""
-    for teacher in teachers:
+def recorded_names(weights: NamedWeights) -> dict[str, str]:
+    """The values of NAME_WEIGHTS in records, wherever the weights lie."""
+    return {setting: ",".join(each.name for each in found) for setting, found in weights.items()}
+
+
+def fitting(net: nn.Module, init: Weights) -> dict[str, Tensor]:
+    """The tensors of `init` that `net` has by the same name and in the same shape. Raises UserError where they are no filter:
+    networks of other widths still have a bias for each class in common."""
+    own = net.state_dict()
+    found = {name: tensor for name, tensor in init.tensors.items() if name in own and own[name].shape == tensor.shape}
+    if all(tensor.dim() < 2 for tensor in found.values()):
+        raise UserError(f"--init: no layer of {init.path} fits this network: name weights of the same --width and model.py")
+    return found
+
+
+def begin_with(net: nn.Module, init: Weights | None) -> None:
+    """Copy the tensors of `init` that fit into `net`; the others stay as they are."""
+    if init:
+        net.load_state_dict(fitting(net, init), strict=False)
+
+
+def describe_init(net: nn.Module, init: Weights, classes: int) -> str:
+    """A line for the log: which tensors of `net`, which has that many classes, begin anew."""
+    anew = [name for name in net.state_dict() if name not in fitting(net, init)]
+    if not anew:
+        return f"init: {init.name}, all of it"
+    names = " and ".join(anew) if len(anew) < 3 else f"{anew[0]} and {len(anew) - 1} others"
+    why = f": {classes} classes, not {len(init.class_names)}" if classes != len(init.class_names) else ""
+    return f"init: {init.name}, {names} begin{'s' * (len(anew) == 1)} anew{why}"
+
+
+def check_held_out(weights: NamedWeights, whole: Dataset, images: Dataset) -> None:
+    """Raise UserError where weights may know the images that this run holds out. `images`: those of `whole`, held out. An init
+    of other images is welcome."""
+    for init in weights["init"]:
+        held = init.config.get("validation", 0)
+        if held < len(images.validation) and init.trained_on(whole.hold_out(held)):
+            raise UserError(f"--init: {init.path} was trained on images that this run holds out: name weights of the same "
+                            "--validation, or leave --validation out")
+    for teacher in weights["teacher"]:
         if not teacher.trained_on(images):
             raise UserError(f"teacher {teacher.path} was trained on other images than this run's, or held others out: name "
                             "one of the same dataset and the same --validation")
 
 
 def read_weights(path: Path) -> Weights:
-    """The weights in a file that save_weights wrote."""
+    """The weights in a file that save_weights wrote. Raises UserError for any other file."""
     try:
         data = path.read_bytes()
         tensors, (header, body) = load(data), _split(data)
         metadata = {key: json.loads(value) for key, value in header.get("__metadata__", {}).items()}
-        digest = hashlib.sha256(body).hexdigest()
-        digests = {"sha256": digest, "header_sha256": _header_digest(header)}
-        if any(metadata.get(key, found) != found for key, found in digests.items()):
-            raise ValueError("its checksum is wrong")
-        if any(tensor.isnan().any() for tensor in tensors.values()):
-            raise ValueError("some of its weights are not numbers")
+        digests = {"sha256": hashlib.sha256(body).hexdigest(), "header_sha256": _header_digest(header)}
+        _check(all(metadata.get(key, found) == found for key, found in digests.items()), "its checksum is wrong")
+        _check(all(tensor.isfinite().all() for tensor in tensors.values()), "some of its weights are not finite numbers")
         mean, std = (tuple(map(float, metadata[name])) for name in ("mean", "standard_deviation"))
-        if not len(mean) == len(std) == 3 or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
-            raise ValueError("its mean and standard deviation are not those of three channels")
+        _check(len(mean) == len(std) == 3 and all(0 <= each <= 1 for each in mean)
+               and all(1 / 255 <= each <= 1 for each in std),  # as Dataset.statistics bounds it
+               "its mean and standard deviation are not those of three channels")
         config = net_settings(vars(Config())) | metadata["config"]  # older files have fewer settings
         Config(**net_settings(config))
-        class_names = metadata["class_names"]
-        if not isinstance(class_names, list) or not all(isinstance(name, str) for name in class_names):
-            raise ValueError("its class names are no list of names")
-        for key in ("images", "network"):
-            if not isinstance(metadata.get(key), str | None):
-                raise ValueError(f"its {key} is no text")
-        return Weights(path, tensors, tuple(class_names), mean, std, config, metadata.get("images"), metadata.get("network"),
-                       digest)
-    except (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        names = metadata["class_names"]
+        _check(isinstance(names, list) and names and all(isinstance(name, str) for name in names), "it has no class names")
+        fingerprint, model = metadata.get("images"), metadata.get("model")
+        _check(isinstance(fingerprint, str | None) and isinstance(model, str | None), "its hashes are no text")
+    except (UserError, SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+            OverflowError) as error:
         raise UserError(f"{path} is damaged, or holds no weights of this program ({error}): name another file, or train "
                         "again") from error
+    return Weights(path, tensors, tuple(names), mean, std, config, fingerprint, model, digests["sha256"])
+
+
+def _check(valid: object, fault: str) -> None:
+    """Raise ValueError unless `valid`."""
+    if not valid:
+        raise ValueError(fault)
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

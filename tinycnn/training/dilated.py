@@ -11,7 +11,7 @@ class FastDilatedConv2d(nn.Conv2d):
     A convolution dilated by d meets each of the map's d x d phases (every d-th pixel) by itself. With the phases side by
     side, a column and a row of zeros between them, one plain convolution does them all (as the "algorithme a trous" of
     Holschneider et al. 1989 and TensorFlow's space_to_batch). On a CPU PyTorch's own gradients of a dilated depthwise
-    convolution take several times as long: benchmarks/dilated.py.
+    convolution take several times as long: docs/speed.md.
     """
 
     def forward(self, maps: Tensor) -> Tensor:

@@ -1,42 +1,66 @@
-"""Knowledge distillation: train on a teacher's predictions too (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)."""
+"""The criterion: cross-entropy and, with teachers, distillation (Hinton, Vinyals and Dean 2015, arXiv:1503.02531)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tinycnn.streams import after_this, side_stream
-from tinycnn.training.machine import has_bfloat16
+from config import Config
+from tinycnn.device import has_bfloat16, memory_format
+
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]  # of images, logits and labels: the mean loss of a batch
 
 
-class Distillation:
-    """Adds the predictions of trained networks to the loss. They see the same augmented images as the network that learns."""
+def make_criterion(config: Config, teachers: Sequence[nn.Module], device: torch.device) -> Criterion:
+    """The mean loss of a batch, a float32 scalar in nats, as a function of its images (float32 N x 3 x H x W), logits
+    (N x classes, float32 or bfloat16) and labels (int64 N)."""
+    if not teachers:
+        return CrossEntropy(config.label_smoothing)
+    nets = [teacher.to(device).to(memory_format=memory_format(device)) for teacher in teachers]
+    return Distillation(nets, config.teacher_share, config.temperature, config.label_smoothing)
 
-    def __init__(self, teachers: Sequence[nn.Module], weight: float, temperature: float) -> None:
-        """`weight` is the teachers' share of the loss, 0 to 1; the labels have the rest."""
+
+class CrossEntropy:
+    """Cross-entropy with label smoothing."""
+
+    def __init__(self, label_smoothing: float) -> None:
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """The mean over the N images; the types are those of make_criterion."""
+        # on CUDA autocast would leave its softmax in bfloat16
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+
+class Distillation(CrossEntropy):
+    """Adds the predictions of trained networks, which see the same augmented images as the network that learns."""
+
+    def __init__(self, teachers: Sequence[nn.Module], share: float, temperature: float, label_smoothing: float = 0.0) -> None:
+        """`share` is the teachers' share of the loss, 0 to 1; the labels have the rest."""
+        super().__init__(label_smoothing)
         self.teachers = [_frozen(teacher) for teacher in teachers]
-        self.weight, self.temperature = weight, temperature
+        self.share, self.temperature = share, temperature
 
+    @torch.no_grad()
     def teacher_logits(self, images: Tensor) -> list[Tensor]:
-        """Each teacher's logits, N x classes, float32 or under autocast bfloat16, for float images N x 3 x H x W. A GPU
-        computes them beside what is launched next: call `wait_for` its side stream before they are used."""
-        with torch.no_grad(), after_this(side_stream(images.device)):
+        """Each teacher's logits, N x classes, float32 or on GPUs bfloat16, for float32 images N x 3 x H x W."""
+        # on GPUs teachers have bfloat16 weights, also where a step runs in float32
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=has_bfloat16(images.device), cache_enabled=False):
             return [teacher(images) for teacher in self.teachers]
 
-    def loss(self, label_loss: Tensor, logits: Tensor, teacher_logits: list[Tensor]) -> Tensor:
-        """The loss to train by, a float32 scalar in nats: (1 - weight) * label_loss + weight * T**2 * KL(p || q), averaged over
-        the N images, with q = softmax(logits / T), and p the mean over teachers of softmax(teacher_logits / T).
+    def __call__(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        """(1 - share) * cross-entropy + share * T**2 * KL(p || q), averaged over the N images, with q = softmax(logits / T),
+        and p the mean over teachers of softmax(teacher_logits / T); the types are those of make_criterion.
 
-        `logits` and each of `teacher_logits`: N x classes, float32 or bfloat16. T**2, the squared temperature, keeps the size
-        of the gradients (Hinton et al. 2015, section 2)."""
-        predictions = [self._log_softened(each) for each in teacher_logits]
+        T**2, the squared temperature, keeps the size of the gradients (Hinton et al. 2015, section 2)."""
+        predictions = [self._log_softened(each) for each in self.teacher_logits(images)]
         log_mean = predictions[0] if len(predictions) == 1 else (
             torch.logsumexp(torch.stack(predictions), 0) - math.log(len(predictions)))
         log_student = self._log_softened(logits)
         divergence = F.kl_div(log_student, log_mean, reduction="batchmean", log_target=True) * self.temperature ** 2
-        return (1 - self.weight) * label_loss + self.weight * divergence
+        return (1 - self.share) * super().__call__(images, logits, labels) + self.share * divergence
 
     def _log_softened(self, logits: Tensor) -> Tensor:
         """The logarithms of the predictions at the temperature."""

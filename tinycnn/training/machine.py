@@ -4,12 +4,63 @@ import ctypes
 import os
 import platform
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from config import Config, UserError
+from config import SIDE, Config, UserError
+from tinycnn.cores import default_threads
+from tinycnn.device import has_bfloat16, memory_format, one_thread
+from tinycnn.network.shapes import explain_shape_error
+from tinycnn.processes import here
+
+
+def prepare(config: Config) -> torch.device:
+    """Set up this process for training, and return the device. Raises UserError where that isn't there."""
+    set_determinism(config)
+    name = config.device
+    if here.size > 1 and name != "cpu" and torch.cuda.is_available():
+        if ":" in name:
+            raise UserError(f"--device is {name}, but each process has a GPU of its own: use --device cuda")
+        name = f"cuda:{here.local_rank}"
+    device = find_device(name)
+    keep_freed_memory()
+    torch.set_num_threads(threads_of(config))
+    return device
+
+
+_libraries: Thread | None = None
+
+
+def load_libraries(device: torch.device) -> None:
+    """Load cuBLAS and cuDNN in a thread, while the program goes on, on CUDA. A capture must wait: `wait_for_libraries`."""
+    global _libraries
+    if device.type == "cuda" and _libraries is None:
+        _libraries = Thread(target=_use_libraries, args=(device,))
+        _libraries.start()
+
+
+@torch.no_grad()
+def _use_libraries(device: torch.device) -> None:
+    with suppress(RuntimeError):  # what fails here fails in training, too
+        ones = torch.ones(8, 8, 8, 8, device=device)
+        torch.mm(ones[0, 0], ones[0, 0]) + functional.conv2d(ones, ones).sum()
+
+
+def wait_for_libraries() -> None:
+    """Wait for `load_libraries`."""
+    if _libraries:
+        _libraries.join()
+
+
+def threads_of(config: Config) -> int:
+    """CPU threads of this process."""
+    return config.threads or default_threads(here.local_size)
 
 
 def set_determinism(config: Config) -> None:
@@ -59,24 +110,60 @@ def instruction_set() -> str:
     return torch.backends.cpu.get_cpu_capability()
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether it is a GPU that computes bfloat16 in hardware."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+_in_float32 = False  # see float32_steps
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """The fastest order of dimensions in memory. On a GPU without bfloat16 cuDNN's float32 depthwise kernels for channels_last
-    are slower than PyTorch's own, which need contiguous images."""
-    return torch.contiguous_format if device.type == "cuda" and not has_bfloat16(device) else torch.channels_last
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on GPUs that have it in hardware. No cache: each weight is used once in a pass, and a cache would outlive a
+    capture."""
+    enabled = has_bfloat16(device) and not _in_float32
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
-def seed_torch(seed: int, epoch: int, rank: int = 0) -> None:
+@contextmanager
+def float32_steps() -> Iterator[None]:
+    """Have `autocast` do nothing in the body. (An inner autocast overrides an outer one that is off.)"""
+    global _in_float32
+    _in_float32 = True
+    try:
+        yield
+    finally:
+        _in_float32 = False
+
+
+def move(net: nn.Module, device: torch.device) -> nn.Module:
+    """`net` on the device, in its fastest order of dimensions."""
+    return net.to(device).to(memory_format=memory_format(device))
+
+
+@one_thread()
+@torch.no_grad()
+def check_network(net: nn.Module, num_classes: int, crop_size: int = SIDE) -> None:
+    """Raise UserError unless the network, on the CPU, turns N images into N x num_classes logits, whole images and crops of
+    `crop_size` pixels. Leaves it in evaluation mode."""
+    for side in sorted({SIDE, crop_size}, reverse=True):
+        images = torch.zeros(2, 3, side, side)
+        try:
+            output = net.eval()(images)
+        except (RuntimeError, ValueError, IndexError) as error:
+            if side == SIDE:
+                raise UserError(f"the network in model.py fails: {explain_shape_error(net, images)}") from error
+            raise UserError(f"the network takes images of {SIDE} x {SIDE} pixels only ({error}), but --crop-size is {side}: "
+                            f"use --crop-size {SIDE}, or pool the last map in model.py") from error
+        found = " x ".join(map(str, output.shape)) if isinstance(output, Tensor) else type(output).__name__
+        wanted = f"2 x {num_classes}"
+        if found != wanted:
+            raise UserError(f"the network returns {found} for 2 images of {side} x {side} pixels, but must return "
+                            f"{wanted}, a logit for each class: see forward() in model.py")
+
+
+def seed_torch(seed: int, epoch: int) -> None:
     """Make torch's own random numbers (the network's initialization, dropout) a function of (seed, epoch), and of
     the process where there are several.
 
     They are hashed because torch's CPU generator looks at 32 bits of its seed only.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, here.rank)).generate_state(1)[0]))
 
 
 def keep_freed_memory() -> None:

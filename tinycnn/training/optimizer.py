@@ -4,15 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn, optim
-
-from config import Config
-
-
-def make_optimizer(net: nn.Module, config: Config, device: torch.device) -> optim.Optimizer:
-    """The optimizer of the network's parameters. tinycnn/training/schedule.py sets the learning rate of each step."""
-    return SGD(net.parameters(), lr=config.lr, momentum=config.momentum, nesterov=config.nesterov,
-               weight_decay=config.weight_decay, fused=device.type == "cuda")
+from torch import optim
 
 
 def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -21,10 +13,16 @@ def _undecorated(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class SGD(optim.SGD):
-    """torch.optim.SGD, the same to the bit, for steps that are neither compiled nor `differentiable`.
+    """torch.optim.SGD, the same to the bit, for steps that are neither compiled nor `differentiable`; on CUDA the fused one.
 
     PyTorch's own keeps its methods out of torch.compile by decorators (torch/_compile.py, torch/optim/optimizer.py) that import
     torch._dynamo, which takes about as long as importing torch. These are the methods without them."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, **settings)
+        on_cuda = all(parameter.is_cuda for group in self.param_groups for parameter in group["params"])
+        for group in self.param_groups if on_cuda else ():
+            group["fused"] = True
 
     add_param_group = _undecorated(optim.SGD.add_param_group)
     state_dict = _undecorated(optim.SGD.state_dict)
