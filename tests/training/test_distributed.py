@@ -32,7 +32,7 @@ from tinycnn.runs import inputs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_run
 from tinycnn.training.distillation import Distillation
-from tinycnn.training.distributed import distribute, join_processes
+from tinycnn.training.distributed import distribute, join_processes, step_on_parts
 from tinycnn.training.machine import prepare, seed_torch
 from tinycnn.training.optimizer import SGD
 from tinycnn.training.steps import fastest_step
@@ -321,6 +321,18 @@ def test_images_that_differ_between_machines_are_refused(results):
     assert all("are not those of the first process: all machines need the same" in other["error"] for other in others)
 
 
+def test_an_empty_part_trains_in_float32_also_where_others_have_bfloat16(monkeypatch):
+    """On CUDA, SyncBatchNorm exchanges tensors of its input's type where a part is empty, and float32 elsewhere."""
+    monkeypatch.setattr("tinycnn.training.machine.has_bfloat16", lambda _: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda _: None)
+    net, types = nn.Sequential(nn.Flatten(), nn.Linear(12, 10)), []
+    net.register_forward_hook(lambda net, images, logits: types.append(logits.dtype))
+    step = step_on_parts(main.train_step, net, SGD(net.parameters(), lr=0.1), cross_entropy)
+    for count in (3, 0):
+        step(torch.rand(count, 3, 2, 2), torch.arange(count))
+    assert types == [torch.bfloat16, torch.float32]
+
+
 # ---------------------------------------------------------------- the whole program
 
 # An epoch has batches of 19, 19 and 1 images
@@ -422,9 +434,11 @@ def test_other_commands_refuse_several_processes(command, monkeypatch):
 def test_alone_with_torchruns_variables_it_says_what_it_waits_for_and_can_be_stopped(monkeypatch, pictures, tmp_path):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
     stops = (signal.SIGINT, signal.SIGTERM)
     programs = [start_program("--dataset", "folder", "--data-dir", str(pictures), "--log-dir", str(tmp_path),
-                              before="from tinycnn.training import distributed; distributed.SILENCE = 0.1; import atexit, os\n"
+                              before="from tinycnn.training import distributed; distributed.SILENCE = 0.1\n"
+                              f"import atexit, os, signal; signal.alarm({LIMIT})\n"
                               "atexit.register(lambda: print(os.environ['TORCH_CPP_LOG_LEVEL']))") for _ in stops]
     for program, number in zip(programs, stops, strict=True):
         line = program.stderr.readline()

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from config import UserError
 from tinycnn.errors import Diverged, StopRequested, as_user_errors
 from tinycnn.processes import CAUSE, ProcessLost, environment_number, here
+from tinycnn.training.machine import float32_steps
 
 MEETING = timedelta(minutes=10)  # until all processes are there
 ANSWER = timedelta(hours=2)  # of the others: one of them may be decoding a large folder
@@ -102,7 +103,7 @@ def _without_images(train_step: Callable[..., Tensor], net: nn.Module, optimizer
     synchronized = images.device.type == "cuda"  # SyncBatchNorm needs every process; BatchNorm would divide by zero
     net.train(synchronized)
     # SyncBatchNorm exchanges float32, but for an empty part the dtype of its input, which autocast would change
-    with torch.autocast(images.device.type, enabled=False):
+    with float32_steps():
         sums = train_step(net, optimizer, lambda images, logits, labels: logits.sum() * 0, images, labels)
     net.train()
     return sums
