@@ -265,6 +265,7 @@ FAULTS = {
     "channels out of order": gradients(lambda gradient: gradient.copy_(gradient.roll(1, 0)), POINTWISE),
     "no gradient of a norm": gradients(put(EVERY), NORM + "weight"),
     "noise": gradients(lambda gradient: gradient.add_(gradient.std() * torch.randn_like(gradient)), POINTWISE),
+    "a little noise": gradients(lambda gradient: gradient.add_(0.1 * gradient.std() * torch.randn_like(gradient)), "7.weight"),
     "not a number": gradients(put((0, 0), float("nan")), "7.weight"),
     "a frozen parameter": state(lambda made, before, last: before, f"parameter {FIRST}"),
     "half of a parameter frozen": state(lambda made, before, last: torch.cat((made[:8], before[8:])), f"parameter {POINTWISE}"),

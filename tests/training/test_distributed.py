@@ -2,6 +2,7 @@
 
 The processes meet in a file instead of at a port, and gloo uses the loopback interface."""
 
+import gc
 import multiprocessing
 import os
 import re
@@ -9,7 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +35,7 @@ from tinycnn.processes import Processes, here
 from tinycnn.runs import inputs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_run
+from tinycnn.training import distributed
 from tinycnn.training.distillation import Distillation
 from tinycnn.training.distributed import distribute, join_processes, step_on_parts
 from tinycnn.training.machine import prepare, seed_torch
@@ -80,23 +85,25 @@ def _begin(rank, size, folder, environment, target, arguments) -> None:
 
 
 def program(line: list[str], action: str = "", rank: int = -1) -> None:
-    """Run main.py's command line; before epoch 1 of training, the process of that rank (-1: each) does what `action` says."""
-    train_epoch, calls = main.train_epoch, iter(range(100))
+    """Run main.py's command line; before epoch 1 of training, or the second test, the process of that rank (-1: each) does what
+    `action` says."""
+    function = "test_epoch" if "test" in action else "train_epoch"
+    right, calls = getattr(main, function), iter(range(100))
 
     def acting(*arguments):
         if next(calls) == 1 and rank in (-1, here.rank):
-            if action == "kill":
+            if action.startswith("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif action == "stop":
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(60)
             elif action == "fail":
                 raise UserError("the lamp is out: change it")
-        return train_epoch(*arguments)
+        return right(*arguments)
 
     if action == "no norms":
         main.Net = net_without_norms
-    main.train_epoch = acting
+    setattr(main, function, acting)
     sys.stdout.reconfigure(line_buffering=True)
     sys.exit(run_line(line))
 
@@ -178,6 +185,34 @@ def test_each_process_has_a_gpu_of_its_own(process, monkeypatch):
         prepare(Config(device="cuda:0"))
 
 
+class OnCuda(nn.Sequential):
+    """A network that says that it lies on CUDA."""
+
+    def parameters(self, recurse: bool = True):
+        return iter([SimpleNamespace(device=torch.device("cuda", 1))])
+
+
+def test_norms_are_synchronized_on_cuda_only(process, monkeypatch):
+    monkeypatch.setattr(process(0, 2), "broadcast", lambda compute: compute())
+    monkeypatch.setattr(distributed, "Parallel", lambda net, **settings: (net, settings["device_ids"]))
+    optimizer, cuda = SGD([nn.Parameter(torch.zeros(1))], lr=0.1), torch.device("cuda", 1)
+    scheduler = OneCycleLR(optimizer, 0.5, total_steps=4)
+    for kind, norm, device_ids in ((nn.Sequential, nn.BatchNorm2d, None), (OnCuda, nn.SyncBatchNorm, [cuda])):
+        net, given = distribute(kind(nn.BatchNorm2d(3)), optimizer, scheduler)
+        assert (type(net[0]), given) == (norm, device_ids)
+
+
+def test_there_is_a_limit_to_the_meeting(monkeypatch, capsys):
+    monkeypatch.setattr(distributed, "SILENCE", 0.1)
+    monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=0.3))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([time.sleep(5)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"can't find each other \(not within 0:00:00.3.*unset WORLD_SIZE"), join_processes():
+        pass
+    assert here.size == 1
+    assert "waiting for the other 1 of 2 processes" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- an epoch of training and a test
 
 def batches(scale: float = 1) -> Epoch:
@@ -215,11 +250,24 @@ def clipped_step(net, optimizer, criterion, images, labels):
     return torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
 
 
+class Saved:
+    """A tensor that a graph keeps for its gradients."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
 def one_epoch(train_step=main.train_step, criterion=cross_entropy, norm: bool = False) -> dict:
     """What an epoch of training and a test leave, after a step that only the first process knows of, from a checkpoint."""
     net = small_net(norm)
     optimizer = SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     scheduler, gradients = OneCycleLR(optimizer, 0.5, total_steps=4, cycle_momentum=False), []
+    saved = weakref.WeakSet()
+
+    def save(tensor: torch.Tensor) -> Saved:
+        saved.add(kept := Saved(tensor))
+        return kept
+
     if here.is_first:
         generator = torch.Generator().manual_seed(1)
         for parameter in net.parameters():
@@ -234,9 +282,13 @@ def one_epoch(train_step=main.train_step, criterion=cross_entropy, norm: bool = 
 
     wrapped = distribute(net, optimizer, scheduler)
     step = fastest_step(watched, wrapped, optimizer, criterion, Config(device="cpu"))
-    trained = main.train_epoch(step, wrapped, batches(), scheduler)
+    gc.disable()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda kept: kept.tensor):
+        trained = main.train_epoch(step, wrapped, batches(), scheduler)
+    kept = len(saved)
+    gc.enable()
     tested = main.test_epoch(wrapped, batches(2))
-    return {"gradients": gradients, "net": net.state_dict(), "figures": (*trained, *tested)}
+    return {"gradients": gradients, "net": net.state_dict(), "figures": (*trained, *tested), "kept": kept}
 
 
 def epochs_of_all_kinds() -> dict[str, dict]:
@@ -300,6 +352,10 @@ def test_all_processes_end_with_the_same_network_and_figures(results):
         assert all(torch.equal(tensor, other[kind]["net"][name]) for name, tensor in first[kind]["net"].items()
                    for other in others)
     assert all(torch.equal(tensor, first["again"]["net"][name]) for name, tensor in first["plain"]["net"].items())
+
+
+def test_no_graph_outlives_its_step(results):
+    assert {epochs[kind]["kept"] for epochs in results[0] for kind in epochs} == {0}
 
 
 def test_all_test_with_the_first_ones_running_statistics(results):
@@ -370,10 +426,11 @@ def test_stopped_and_resumed_it_is_never_interrupted(whole, train, tmp_path):
     assert figures(only_run(tmp_path)) == figures(folder)
 
 
+@pytest.mark.parametrize("action", ["kill", "kill in a test"])
 @pytest.mark.parametrize("whole", [2], indirect=True)
-def test_after_kill_9_and_torchruns_restart_the_run_goes_on_to_the_same_bits(whole, train, tmp_path):
+def test_after_kill_9_and_torchruns_restart_the_run_goes_on_to_the_same_bits(whole, train, action, tmp_path):
     job = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "0"}
-    statuses, _, err = train(2, tmp_path / "logs", *LINE, environment=job, action="kill", rank=1)
+    statuses, _, err = train(2, tmp_path / "logs", *LINE, environment=job, action=action, rank=1)
     assert statuses == [2, -signal.SIGKILL]
     assert "another process of this run has ended; epoch 0 is safe; resume with" in one_line(err[0])
     statuses, _, err = train(2, tmp_path / "logs", *LINE, environment=job | {"TORCHELASTIC_RESTART_COUNT": "1"})
