@@ -89,9 +89,9 @@ class Config:
 
     # run
     device: str = setting("auto", "auto, cpu, cuda, cuda:N or mps")
-    capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA with "
-                           "PyTorch 2.13 or newer, in one process, with batches made on the device, after a check that the "
-                           "replay computes the same",
+    capture: str = setting("auto", "record a training step as a CUDA graph and replay it: on, off, or auto: on CUDA, in one "
+                           "process, with batches made on the device, after a check that the replay computes the same; "
+                           "before PyTorch 2.13 only where no code was edited",
                            choices=("auto", "on", "off"))
     kernels: str = setting("pytorch", "kernels of captured steps and of augmentation: pytorch; or fused: Triton kernels of "
                            "this program, if a check at the start finds them correct and faster; compiling them takes "

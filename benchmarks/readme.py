@@ -31,7 +31,7 @@ from tinycnn.network.receptive_field import convolutions
 from tinycnn.network.summary import describe_network
 from tinycnn.runs.finding import PROGRAM, REFERENCE
 from tinycnn.runs.record import CONFIG, Run, read_run
-from tinycnn.runs.sources import ON_TOP
+from tinycnn.sources import ON_TOP
 from tinycnn.text import plural
 
 RESULTS = PROGRAM / "benchmarks" / "results"
@@ -111,7 +111,7 @@ def convolution_table() -> str:
 
 def recipe_runs(recipe: str) -> list[Run]:
     """The committed runs of a recipe, by seed."""
-    folders = [REFERENCE] if recipe == "baseline" else [path.parent for path in (REFERENCE / recipe).glob(f"*/{CONFIG}")]
+    folders = [path.parent for path in (REFERENCE / recipe).glob(f"*/{CONFIG}")] + [REFERENCE] * (recipe == "baseline")
     return sorted(map(read_run, folders), key=lambda run: run.record["config"]["seed"])
 
 
@@ -223,7 +223,7 @@ def comparison() -> str:
     """What `compare` prints of the committed runs."""
     runs = [run for folder in ("fast", "strong", "best", "wide", "strong-80", "fast-20", "fast-taught")
             for run in recipe_runs(folder)]
-    return "```\n" + as_text(make_tables(runs, read_run(REFERENCE))).strip() + "\n```"
+    return "```\n" + as_text(make_tables(runs, *recipe_runs("baseline"))).strip() + "\n```"
 
 
 def first_sentence(path: Path) -> str:

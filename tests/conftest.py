@@ -148,7 +148,7 @@ def at_epoch(monkeypatch, number: int, action) -> None:
 @pytest.fixture
 def edited(monkeypatch):
     """Edit a file as it was read at import: edited("main.py", pattern, replacement) -> what it is now."""
-    from tinycnn.runs import sources
+    from tinycnn import sources
 
     def edited(name: str, pattern: str, replacement: str) -> bytes:
         changed, count = re.subn(pattern, replacement, sources.CODE_FILES[name].decode())

@@ -160,6 +160,16 @@ def test_what_the_reference_has_edited_is_told_of_the_others(make, tmp_path):
     assert group_of(table, **{"main.py": "as shipped"}).seeds == [1]
 
 
+def test_the_reference_has_several_seeds_where_they_are_committed(make, tmp_path):
+    """Then a group of one seed is compared with the spread of the reference's."""
+    reference, others = read_run(REFERENCE), [read_run(make(accuracy, seed, edits={})) for seed, accuracy in ((1, 88), (2, 89))]
+    runs = [read_run(make(90, lr=0.05, edits={})), others[1]]  # one of them is named, too
+    [table] = make_tables(runs, reference, *others)
+    assert [(group.is_reference, group.seeds) for group in table.groups] == [(False, [0]), (True, [0, 1, 2])]
+    assert table.groups[1].name == "reference"
+    assert table.groups[0].difference.verdict != "unknown"
+
+
 def test_the_commands_that_show_the_edits_are_told(make, tmp_path, monkeypatch):
     one = make(85, 1, edits={}, epochs=8, name="one", files={"main.py": "1", "model.py": "1"})
     two = make(86, 2, edits={"main.py": "12"}, epochs=8, name="two", files={"main.py": "2", "model.py": "1"})

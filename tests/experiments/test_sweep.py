@@ -28,8 +28,8 @@ from tinycnn.experiments.sweep import (
 from tinycnn.runs.files import make_run_folder
 from tinycnn.runs.finding import RunState, find_runs
 from tinycnn.runs.record import CONFIG, as_json, read_record, read_run
-from tinycnn.runs.sources import present_sources
 from tinycnn.runs.weights import read_weights
+from tinycnn.sources import present_sources
 
 
 @pytest.fixture

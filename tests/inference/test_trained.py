@@ -15,8 +15,8 @@ from model import Net
 from tinycnn.data.loading import load_dataset
 from tinycnn.inference.loading import load_trained
 from tinycnn.runs.record import read_run
-from tinycnn.runs.sources import COPIED_FILES, code_hash
 from tinycnn.runs.weights import read_weights, save_weights
+from tinycnn.sources import COPIED_FILES, code_hash
 
 PLAIN = (ROOT / "model.py").read_text()
 OTHER = PLAIN.replace("nn.ReLU(),", "nn.LeakyReLU(0.5),")  # the same parameters, other results

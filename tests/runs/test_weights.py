@@ -12,8 +12,8 @@ from torch import nn
 from config import Config, UserError
 from model import Net
 from tinycnn.data.dataset import Dataset, Split, empty_split
-from tinycnn.runs.sources import COPIED_FILES, code_hash
 from tinycnn.runs.weights import load_weights, read_weights, save_weights
+from tinycnn.sources import COPIED_FILES, code_hash
 
 METADATA = {"class_names": ["a", "b"], "mean": [0.5] * 3, "standard_deviation": [0.25] * 3, "images": "0" * 64,
             "model": code_hash(COPIED_FILES["model.py"]), "config": {"dropout": 0.0, "width": 1}}

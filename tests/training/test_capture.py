@@ -618,7 +618,7 @@ def choose_step(monkeypatch, device: str, **settings):
 
 @pytest.mark.parametrize(("wanted", "device", "batches_on", "version", "captured", "printed"), [
     ("auto", "cuda", "device", "2.14.1+cu130", True, False),
-    ("auto", "cuda", "device", "2.12.0", False, False),  # can't go on after a failed capture
+    ("auto", "cuda", "device", "2.12.0", False, False),  # can't go on after a failed capture, which edits might cause
     ("on", "cuda", "device", "2.12.0", True, False),
     ("off", "cuda", "device", "2.14.1", False, False),
     ("auto", "cuda", "workers", "2.14.1", False, False),
@@ -628,11 +628,22 @@ def choose_step(monkeypatch, device: str, **settings):
 def test_steps_are_captured_where_that_is_wanted_and_possible(monkeypatch, capsys, wanted, device, batches_on, version,
                                                               captured, printed):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    monkeypatch.setattr(steps, "present_sources", lambda: {"edited": {"model.py": "0123"}})
     step, notes = choose_step(monkeypatch, device, capture=wanted, batches=batches_on)
     assert (step == "captured") == captured
     assert ("Steps are not captured: that needs CUDA" in capsys.readouterr().out) == printed
     if not captured:
         assert bool(notes) == (device == "cuda" and wanted != "off")
+
+
+def test_code_as_shipped_is_captured_by_every_version(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.11.0"))
+    for edited, captured in (({}, True), ({"main.py": "0123"}, False)):
+        monkeypatch.setattr(steps, "present_sources", lambda edited=edited: {"edited": edited})
+        step, notes = choose_step(monkeypatch, "cuda", batches="device")
+        assert (step == "captured") == captured
+        assert notes == ([] if captured else [
+            "not captured: PyTorch 2.11.0 can't go on after a failed capture, as an edit of main.py might cause"])
 
 
 @pytest.mark.parametrize(("settings", "device", "printed"), [

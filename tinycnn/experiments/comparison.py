@@ -133,16 +133,16 @@ def _check(run: Run) -> None:
         raise UserError(f"its log is not that of a finished run of {config['epochs']} epochs")
 
 
-def make_tables(runs: Sequence[Run], reference: Run) -> list[Table]:
-    """The groups of the runs and the reference, a table a dataset, that of the reference first. `runs` are the newest first.
+def make_tables(runs: Sequence[Run], reference: Run, *other_seeds: Run) -> list[Table]:
+    """The groups of the runs and the reference, with its `other_seeds`: a table a dataset, that of the reference first. `runs`
+    are the newest first.
 
     Only runs on the same images are compared: a table's runs have equal numbers of training images, too.
     """
+    committed = {run.folder.resolve(): run for run in (reference, *other_seeds)}
     by_dataset: dict[str, list[Run]] = {reference.record["dataset"]["sha256"]: []}
-    for run in runs:
-        if run.folder.resolve() != reference.folder.resolve():
-            by_dataset.setdefault(run.record["dataset"]["sha256"], []).append(run)
-    by_dataset[reference.record["dataset"]["sha256"]].append(reference)
+    for run in (*(run for run in runs if run.folder.resolve() not in committed), *committed.values()):
+        by_dataset.setdefault(run.record["dataset"]["sha256"], []).append(run)
     return [_make_table(members, reference) for members in by_dataset.values()]
 
 

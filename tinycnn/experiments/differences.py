@@ -5,7 +5,7 @@ from typing import Any
 
 from config import NOT_COMPARED, SETTINGS, SIDE
 from tinycnn.runs.record import NAME_WEIGHTS, Record, digests
-from tinycnn.runs.sources import sources_of
+from tinycnn.sources import sources_of
 from tinycnn.text import printable
 
 # Settings without which others have no effect

@@ -14,7 +14,7 @@ from tinycnn.experiments.comparison import SettingGroup, Table
 from tinycnn.experiments.statistics import LEVEL, POWER, pooled_std
 from tinycnn.runs.finding import PROGRAM
 from tinycnn.runs.record import Run
-from tinycnn.runs.sources import ON_TOP, present_sources, sources_of
+from tinycnn.sources import ON_TOP, present_sources, sources_of
 from tinycnn.text import plural, printable
 
 WIDTH = 80  # characters of a line

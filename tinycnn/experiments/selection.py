@@ -9,7 +9,7 @@ from tinycnn.experiments.comparison import Table, make_tables, read_finished
 from tinycnn.experiments.report import as_csv, as_text
 from tinycnn.runs.drawing import drawing, save
 from tinycnn.runs.files import write
-from tinycnn.runs.finding import PROGRAM, REFERENCE, find_runs, named_runs, refuse_run_folder
+from tinycnn.runs.finding import OTHER_SEEDS, PROGRAM, REFERENCE, find_runs, named_runs, refuse_run_folder
 from tinycnn.runs.record import Run, read_run
 
 
@@ -19,7 +19,7 @@ def compare_runs(log_dir: Path, names: Sequence[str] = ()) -> None:
     runs, left_out = read_finished(_folders(log_dir, names))
     if names and not runs:
         raise UserError(f"there is nothing to compare: {left_out[0]}; name finished runs")
-    tables = make_tables(runs, _reference())
+    tables = make_tables(runs, *_reference())
     for line in left_out:
         print(f"left out: {line}")
     print(as_text(tables))
@@ -30,9 +30,10 @@ def compare_runs(log_dir: Path, names: Sequence[str] = ()) -> None:
         save(experiments(_newest(tables, runs)), log_dir / "experiments.png")
 
 
-def _reference() -> Run:
+def _reference() -> list[Run]:
+    """The reference run, and those with other seeds."""
     try:
-        return read_run(REFERENCE)
+        return [read_run(folder) for folder in (REFERENCE, *OTHER_SEEDS)]
     except UserError as error:
         raise UserError(f"the reference run can't be read ({error}): restore it with git -C {shlex.quote(str(PROGRAM))} "
                         "checkout -- logs/reference, or undo edits of config.py that don't fit it") from error

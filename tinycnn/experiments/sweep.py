@@ -21,8 +21,8 @@ from tinycnn.network.summary import describe_network
 from tinycnn.runs.finding import RunState, find_runs, refuse_run_folder, run_state
 from tinycnn.runs.record import Record, read_record
 from tinycnn.runs.run import CHANGEABLE_ON_RESUME, Run, is_running
-from tinycnn.runs.sources import present_sources, sources_of
 from tinycnn.runs.weights import load_weights, recorded_names
+from tinycnn.sources import present_sources, sources_of
 from tinycnn.training.machine import check_network
 
 TrainRun = Callable[[Config, Run | None], object]  # train a new run of this config, or this one to its end

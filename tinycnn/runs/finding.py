@@ -13,7 +13,8 @@ from config import UserError, did_you_mean
 from tinycnn.runs.record import CONFIG, FINAL, SUMMARY
 
 PROGRAM = Path(__file__).parents[2]
-REFERENCE = PROGRAM / "logs" / "reference"  # the committed run of the defaults
+REFERENCE = PROGRAM / "logs" / "reference"  # the committed run of the defaults, of seed 0
+OTHER_SEEDS = sorted(REFERENCE.glob("baseline/*"))  # the same with other seeds
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.pt", "checkpoint.previous.pt"
 JOB = ".job"  # a file in the folder of a run that torchrun has started: the job
 DIVERGED = ".diverged"  # an empty file in the folder of a run whose loss was no longer finite

@@ -20,9 +20,9 @@ from tinycnn.data.loading import load_dataset, resolve_auto
 from tinycnn.processes import here
 from tinycnn.runs.finding import refuse_run_folder
 from tinycnn.runs.record import Record
-from tinycnn.runs.sources import present_sources
 from tinycnn.runs.tensorboard import check_tensorboard
 from tinycnn.runs.weights import NamedWeights, Weights, check_held_out, load_weights, recorded_names
+from tinycnn.sources import present_sources
 from tinycnn.training.machine import describe_device, instruction_set, load_libraries, prepare, threads_of
 
 PATHS = ("data_dir", "log_dir")  # paths on this machine, left out of a run's records

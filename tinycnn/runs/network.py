@@ -13,7 +13,7 @@ from model import Net
 from tinycnn.errors import as_user_errors
 from tinycnn.runs.finding import REFERENCE
 from tinycnn.runs.record import MODEL
-from tinycnn.runs.sources import COPIED_FILES, code_hash, is_known_model
+from tinycnn.sources import COPIED_FILES, code_hash, is_known_model
 
 MODULE_NAME = "named_model"  # of a model.py that is not ours
 NetClass = Callable[..., nn.Module]  # or a function that chooses a class by the settings

@@ -11,7 +11,7 @@ from typing import Any
 
 from config import ALIASES, SETTINGS, UserError, check_setting
 from tinycnn.runs.log import ACCURACY_LOG, Row, read_log
-from tinycnn.runs.sources import check_sources
+from tinycnn.sources import check_sources
 
 CONFIG, SUMMARY, MODEL = "config.json", "summary.json", "model.py"  # files in a run's folder
 NAME_WEIGHTS = ("init", "teacher")  # settings that name trained weights; in records by name and digest

@@ -37,9 +37,9 @@ from tinycnn.runs.finding import (
 from tinycnn.runs.inputs import Inputs, make_record
 from tinycnn.runs.log import AccuracyLog, Row, comments
 from tinycnn.runs.record import BEST, CONFIG, FINAL, NAME_WEIGHTS, SUMMARY, Record, as_json, digests, present_names, summarize
-from tinycnn.runs.sources import COPIED_FILES, code_hash, edits_between, resumed_sources
 from tinycnn.runs.tensorboard import Events
 from tinycnn.runs.weights import describe_init, save_weights
+from tinycnn.sources import COPIED_FILES, code_hash, edits_between, resumed_sources
 
 INTERVAL = 10.0  # seconds between checkpoints, so that a GPU's short epochs don't spend their time on them
 DATE = "%Y-%m-%d_%H-%M-%S"  # the name of a run's folder; its --name follows

@@ -35,7 +35,7 @@ class Weights:
     std: tuple[float, ...]
     config: dict[str, Any]  # the run's settings, as in its config.json
     fingerprint: str | None  # of the images trained on; None in files from before it was kept
-    model: str | None  # the hash of model.py's code (tinycnn.runs.sources); None in files from before it was kept
+    model: str | None  # the hash of model.py's code (tinycnn.sources); None in files from before it was kept
     digest: str  # SHA-256 of the tensors
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from config import Config
 from tinycnn.device import has_bfloat16
 from tinycnn.processes import here
+from tinycnn.sources import present_sources
 from tinycnn.training.capture import CapturedStep
 from tinycnn.training.dilated import use_fast_dilated_convs
 from tinycnn.training.distillation import Criterion, CrossEntropy, Distillation
@@ -16,8 +17,9 @@ from tinycnn.training.distributed import step_on_parts
 from tinycnn.training.machine import wait_for_libraries
 
 Step = Callable[[Tensor, Tensor], Tensor]  # images and labels of a batch, to the sums that main.train_step returns
-# Before this release a failed capture left the allocator in capture mode (pytorch #180395). Compare it with torch.__version__,
-# which is no plain text: 2.9 comes before 2.13
+# Before this release a failed capture left the allocator in capture mode (pytorch #180395). Code as shipped doesn't fail: no
+# operation waits for the GPU, libraries are loaded before, no other thread uses CUDA, and lack of memory ends a run anyway.
+# Compare it with torch.__version__, which is no plain text: 2.9 comes before 2.13
 FAILURES_END_CLEANLY = "2.13"
 
 
@@ -48,8 +50,8 @@ def _why_not_captured(config: Config, device: torch.device) -> str:
         return "that needs CUDA, and batches made on the device"
     if here.size > 1:
         return "that needs a run of one process"
-    if config.capture == "auto" and torch.__version__ < FAILURES_END_CLEANLY:
-        return f"PyTorch {torch.__version__} can't go on after a failed capture"
+    if config.capture == "auto" and torch.__version__ < FAILURES_END_CLEANLY and (edited := present_sources()["edited"]):
+        return f"PyTorch {torch.__version__} can't go on after a failed capture, as an edit of {', '.join(edited)} might cause"
     return ""
 
 

@@ -1,8 +1,8 @@
 """What code a run was made with: which of the files that train differ from this version's as it ships them.
 
-    python -m tinycnn.runs.sources      write the hashes of the present files to shipped.json, as those of this version
+    python -m tinycnn.sources      write the hashes of the present files to shipped.json, as those of this version
 
-Do so when you change the program itself and tests/runs/test_sources.py still finds the figures of its first epochs: then runs
+Do so when you change the program itself and tests/test_sources.py still finds the figures of its first epochs: then runs
 from before and after the change are the same runs. Where it finds others, raise TRAINING_VERSION too, and add the new figures
 to that test: then they are other runs. To try something out, do neither: your runs are compared as edited.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 TRAINING_VERSION = 1  # raised when a run of the same settings would give other figures than before
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 SHIPPED = Path(__file__).with_name("shipped.json")
 ON_TOP = ("config.py", "augmentation.py", "model.py", "main.py")  # a copy of each lies in a run's folder
 # Not these: what images they make is known by the images' own fingerprint

@@ -3,10 +3,10 @@
 import pytest
 from conftest import ROOT, only_run
 
-from tinycnn.runs import sources
+from tinycnn import sources
 from tinycnn.runs.log import ACCURACY_LOG, read_log
 from tinycnn.runs.record import read_record
-from tinycnn.runs.sources import (
+from tinycnn.sources import (
     CODE_FILES,
     COMMITTED_PROCEDURE,
     COPIED_FILES,
@@ -66,8 +66,8 @@ def test_a_file_that_is_no_python_has_a_hash_too():
 # ---------------------------------------------------------------- what is shipped
 
 def test_the_shipped_hashes_are_those_of_the_files():
-    """Where this fails, read the docstring of tinycnn/runs/sources.py."""
-    assert not present_sources()["edited"], "run python -m tinycnn.runs.sources, and see test_first_epochs_are_those_of_version"
+    """Where this fails, read the docstring of tinycnn/sources.py."""
+    assert not present_sources()["edited"], "run python -m tinycnn.sources, and see test_first_epochs_are_those_of_version"
     assert is_known_model((ROOT / "model.py").read_bytes())
 
 
