@@ -27,7 +27,7 @@ def find_lr(command, pictures, tmp_path):
 
 
 def test_it_changes_no_bit_of_a_run_after_it_and_leaves_a_picture(run, find_lr, tmp_path, saved):
-    line = ("--epochs", "1", "--batch-size", "1", "--dropout", "0.2")
+    line = ("--epochs", "1", "--batch-size", "1", "--dropout", "0.2", "--seed", "1")
     assert run(*line)[0] == 0
     alone, logs = only_run(tmp_path), tmp_path / "my logs"
     status, out, err = find_lr(*line)
@@ -94,7 +94,15 @@ def test_the_suggestion_is_where_the_loss_stops_falling():
     rates = [LOWEST * (HIGHEST / LOWEST) ** (number / 999) for number in range(1000)]
     losses = [max(2.3 - max(0, math.log10(rate / 1e-3)), 0.3) - 0.001 * (rate > 1) + (rate > 5) for rate in rates]
     assert suggest(rates, losses) == 0.1
-    assert suggest(rates, [2.3 + rate for rate in rates]) == LOWEST  # it never falls
+    assert suggest(rates, [2.3 - 0.04 * math.sin(rate) for rate in rates]) is None  # it hardly falls
+
+
+def test_nothing_is_suggested_where_nothing_was_learned(find_lr, monkeypatch, saved):
+    monkeypatch.setattr("tinycnn.experiments.range_test.range_test", lambda *_: ([1e-4, 1e-3, 1e-2], [0.1, 0.2, 0.3]))
+    status, out, err = find_lr("--batch-size", "1")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[-1].startswith("No suggestion: the loss fell by less than 2 %.")
+    assert len(saved[-1].axes[0].lines) == 2
 
 
 def test_the_mean_is_not_drawn_to_zero():

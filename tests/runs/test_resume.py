@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import (
+    ROOT,
     SMALL,
     at_epoch,
     example_inputs,
@@ -700,30 +701,51 @@ def test_the_signal_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+SETTINGS_OF_KILLS = "--validation {} --dropout 0.1 --schedule one-cycle --tensorboard"
+
+
 @pytest.mark.slow
-def test_kill_9_at_50_random_moments(tmp_path):
-    """Eight epochs on the built-in set with everything that is saved, killed 50 times."""
-    line = ["--dataset", "synthetic", "--epochs", "8", "--validation", "500", "--dropout", "0.1", "--schedule", "one-cycle",
-            "--tensorboard", "--log-dir"]
-    assert start_program(*line, str(tmp_path / "whole")).wait() == 0
-    (whole,), logs = find_runs(tmp_path / "whole"), tmp_path / "logs"
-    longest, rng, hits, taken_up = 2 * read_run(whole).rows[-1]["seconds"], random.Random(2), 0, 0
-    while hits < 50 or any(run_state(folder) is RunState.UNFINISHED for folder in find_runs(logs)):
-        unfinished = [folder for folder in find_runs(logs) if run_state(folder) is RunState.UNFINISHED]
-        taken_up += sum(len(read_newest(folder)[0]["rows"]) for folder in unfinished)
-        process = start_program(*(["--resume", "--log-dir"] if unfinished else line), str(logs), interval=0)
-        if rng.random() < 0.9:  # the others are killed while they start
-            wait_for(process, "epoch")
-        try:
-            _, err = process.communicate(timeout=rng.uniform(0, longest) if hits < 50 else None)
-            assert process.returncode == 0, err
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            hits += 1
-    assert taken_up > 50  # most resumed in the middle, not at the beginning
-    for folder in find_runs(logs):
-        assert_same_runs(folder, whole)
+@pytest.mark.parametrize(("kind", "kills"), [("alone", 50), ("init and teacher", 40), ("sweep", 40)])
+def test_kill_9_at_random_moments(kind, kills, tmp_path):
+    """With everything that is saved. After each kill the same command goes on, or --resume; what ends equals a program that
+    nobody kills."""
+    images = ["--dataset", "synthetic", *SETTINGS_OF_KILLS.format(500).split()]
+    if kind != "alone":
+        folder = write_folder(tmp_path / "pictures", 100)
+        images = ["--dataset", "folder", "--data-dir", str(folder), *SMALL, *SETTINGS_OF_KILLS.format(90).split()]
+    if kind == "init and teacher":
+        assert start_program(*images, "--epochs", "1", "--log-dir", str(tmp_path / "logs")).wait() == 0
+        images += ["--init", str(ROOT / "logs/reference/best/seed-0"), "--teacher", str(only_run(tmp_path))]
+    images += ["--epochs", "6"]
+    line = ["sweep", "--lr", "0.01,0.02", "--seeds", "2", *images] if kind == "sweep" else images
+    assert start_program(*line, "--log-dir", str(tmp_path / "whole")).wait() == 0
+    whole = find_runs(tmp_path / "whole")
+    longest, rng, killed, resumed = 2 * read_run(whole[0]).rows[-1]["seconds"], random.Random(2), 0, 0
+    for number in itertools.count():
+        logs, status = tmp_path / str(number), None
+        while status is None:
+            unfinished = [folder for folder in find_runs(logs) if run_state(folder) is RunState.UNFINISHED]
+            resumed += sum(len(read_newest(folder)[0]["rows"]) > 0 for folder in unfinished)
+            resume = ["--resume"] if unfinished and kind != "sweep" else line
+            process = start_program(*resume, "--log-dir", str(logs), interval=0)
+            if rng.random() < 0.9:  # the others are killed while they start
+                while process.stdout.readline().split()[:1] not in (["epoch"], []):
+                    pass
+            try:
+                _, err = process.communicate(timeout=rng.uniform(0, longest) if killed < kills else None)
+                status = process.returncode
+                assert status == 0, err
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.communicate()
+                killed += 1
+                finished = [folder for folder in find_runs(logs) if run_state(folder) is RunState.FINISHED]
+                status = 0 if kind != "sweep" and finished else None
+        for run, other in zip(find_runs(logs), whole, strict=True):
+            assert_same_runs(run, other)
+        if killed == kills:
+            break
+    assert resumed > kills // 3  # in the middle, not at the beginning
 
 
 # ---------------------------------------------------------------- faults

@@ -5,6 +5,7 @@ The processes meet in a file instead of at a port, and gloo uses the loopback in
 import gc
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -452,6 +453,31 @@ def test_after_kill_9_of_the_first_process_the_run_goes_on_with_another_number(t
     run = read_run(only_run(tmp_path))
     assert len(run.rows) == 3
     assert any("processes 2 -> 3" in note for note in run.record["notes"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [2], indirect=True)
+def test_kill_9_of_one_process_at_random_moments(whole, tmp_path, pictures):
+    """The other one ends by itself; then both go on, to the same bits."""
+    rng, killed, number = random.Random(2), 0, 0
+    while killed < 30:
+        logs = tmp_path / str(number)
+        states = [run_state(folder) for folder in find_runs(logs)]
+        line = ["--resume"] if states else ["--dataset", "folder", "--data-dir", str(pictures), *SMALL, *LINE]
+        processes = start(2, tmp_path / "processes", program, [*line, "--log-dir", str(logs)])
+        victim = processes[rng.randrange(2)]
+        victim.join(rng.uniform(0, 5))
+        if victim.exitcode is None:
+            victim.kill()
+            killed += 1
+        statuses = wait(processes)
+        assert set(statuses) <= {0, 2, -signal.SIGKILL}, statuses
+        if statuses == [0, 0] or any(run_state(folder) is RunState.FINISHED for folder in find_runs(logs)):
+            [folder] = find_runs(logs)
+            assert weights_of(folder) == weights_of(whole[1])
+            assert figures(folder) == figures(whole[1])
+            number += 1
+    assert number > 3
 
 
 def test_what_goes_wrong_in_another_process_is_told_by_the_first(train, tmp_path):

@@ -30,7 +30,7 @@ def run(arguments: Namespace, _: Callable, build: Callable, train_step: Callable
     import shlex
     from pathlib import Path
 
-    from tinycnn.experiments.range_test import FEWEST, draw, range_test, suggest
+    from tinycnn.experiments.range_test import FEWEST, LEAST_FALL, draw, range_test, suggest
     from tinycnn.runs.drawing import drawing, save
     from tinycnn.runs.inputs import load_inputs
     from tinycnn.training.machine import seed_torch
@@ -51,5 +51,9 @@ def run(arguments: Namespace, _: Callable, build: Callable, train_step: Callable
     with drawing("find_lr.png"):
         save(draw(rates, losses), path)
         print(f"The loss by learning rate is drawn in {path}")
+    if not suggestion:
+        print(f"No suggestion: the loss fell by less than {100 * LEAST_FALL:.0f} %. The network learns nothing with these "
+              "settings, or, with --init, has learned it already")
+        return
     line = shlex.join([*arguments.line, "--lr", f"{suggestion:g}"])  # of two, the last counts
     print(f"Suggestion: --lr {suggestion:g}; LEARNINGS.md tells how near that is. Train with it:\n    python main.py {line}")

@@ -18,6 +18,7 @@ FEWEST = 30  # steps that a test needs
 MEMORY = 0.95  # share that the mean of the losses so far has in the next mean
 BLOWN_UP = 3.0  # times the lowest mean: there the test ends
 FALLEN = 0.95  # share of the mean's fall at which it slows
+LEAST_FALL = 0.02  # of the first mean; a smaller one is noise
 READ_EVERY = 10  # steps: reading the losses waits for a GPU
 
 
@@ -57,11 +58,14 @@ def smooth(losses: list[float]) -> list[float]:
     return means
 
 
-def suggest(rates: list[float], losses: list[float]) -> float:
-    """The rate to try, to one digit: where the loss stops falling, the upper bound of Smith's section 3.3. His "slows" is read
-    as 95 % of the moving mean's fall: the lowest point itself lies anywhere on a flat part. Calibrated on `fast` and the
-    baseline only; LEARNINGS.md tells how well that agrees. A schedule's `lr` is its highest rate."""
+def suggest(rates: list[float], losses: list[float]) -> float | None:
+    """The rate to try, to one digit: where the loss stops falling, the upper bound of Smith's section 3.3. None where it
+    doesn't fall by LEAST_FALL. His "slows" is read as 95 % of the moving mean's fall: the lowest point itself lies anywhere on
+    a flat part. Calibrated on `fast` and the baseline only; LEARNINGS.md tells how well that agrees. A schedule's `lr` is its
+    highest rate."""
     means = [mean for mean in smooth(losses) if math.isfinite(mean)]
+    if min(means) > (1 - LEAST_FALL) * means[0]:
+        return None
     slow = means[0] - FALLEN * (means[0] - min(means))
     return float(f"{next(rate for rate, mean in zip(rates, means, strict=False) if mean <= slow):.0e}")
 
@@ -77,7 +81,8 @@ def draw(rates: list[float], losses: list[float]) -> "Figure":
     axes = figure.subplots()
     axes.plot(rates, losses, color=LIGHT_GREY, label="a batch")
     axes.plot(rates, means, color=BLUE, linewidth=2, label="moving mean")
-    axes.axvline(suggestion, color=ORANGE, linestyle="--", label=f"suggestion: {suggestion:g}")
+    if suggestion:
+        axes.axvline(suggestion, color=ORANGE, linestyle="--", label=f"suggestion: {suggestion:g}")
     finite = [mean for mean in means if math.isfinite(mean)]
     axes.set(xscale="log", xlabel="learning rate", ylabel="training loss, nats per image",
              ylim=(0.9 * min(finite), 1.1 * min(max(finite), BLOWN_UP * min(finite))))
