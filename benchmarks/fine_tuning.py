@@ -33,7 +33,7 @@ def write_pictures(folder: Path) -> None:
     """Write folder/train/<class>/*.png and folder/test/<class>/*.png."""
     images = synthetic()
     for name, split in (("train", images.train), ("test", images.test)):
-        for label, shape in enumerate(SHAPES[:CLASSES]):
+        for label, shape in enumerate([*SHAPES][:CLASSES]):
             (folder / name / shape).mkdir(parents=True)
             for number, index in enumerate(np.flatnonzero(split.labels == label)[:PICTURES]):
                 Image.fromarray(split.images[index]).save(folder / name / shape / f"{number}.png")
@@ -45,7 +45,7 @@ def main() -> None:
         write_pictures(Path("shapes"))
         subprocess.run([sys.executable, str(PROGRAM / "main.py"), *LINE, *HERE], check=True, stdout=sys.stderr)
         runs = [read_run(folder) for folder in find_runs(Path("fine_tuning"))]
-    print(f"Five classes of {PICTURES} pictures each: {', '.join(SHAPES[:CLASSES])}\n")
+    print(f"Five classes of {PICTURES} pictures each: {', '.join([*SHAPES][:CLASSES])}\n")
     print(f"python main.py {' '.join(LINE[:9])} \\\n    {' '.join(LINE[9:] + HERE)}\n\n{'':33}  epoch   test %   of the seeds")
     for begun, words in ((False, "from nothing"), (True, f"--init {INIT}")):
         group = sorted((run for run in runs if bool(run.record["config"]["init"]) == begun),

@@ -5,11 +5,13 @@ import sys
 import time
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks import gpu_session
+from benchmarks import gpu_session, robustness
+from tinycnn.data.dataset import Split
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run for minutes")
@@ -51,3 +53,13 @@ def test_all_parts_run_on_the_cpu(tmp_path):
     assert text.count("\n### ") + 1 == len(gpu_session.PARTS)
     assert "failed" not in text
     assert "stopped" not in text
+
+
+def test_disturbed_images_keep_their_colours():
+    """OpenCV's order of channels is another one."""
+    images = np.full((2, 32, 32, 3), (200, 100, 50), np.uint8)
+    for name, disturb in robustness.DISTURBANCES.items():
+        found = robustness.disturbed(Split(images, np.arange(2)), disturb)
+        assert found.images.dtype == np.uint8
+        assert np.abs(found.images.mean((0, 1, 2)) - images[0, 0, 0]).max() < 1, name
+        assert (found.images != images).any() == (name == "noise 10")

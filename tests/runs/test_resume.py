@@ -701,23 +701,19 @@ def test_the_signal_handlers_are_put_back():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-SETTINGS_OF_KILLS = "--validation {} --dropout 0.1 --schedule one-cycle --tensorboard"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "kills"), [("alone", 50), ("init and teacher", 40), ("sweep", 40)])
 def test_kill_9_at_random_moments(kind, kills, tmp_path):
     """With everything that is saved. After each kill the same command goes on, or --resume; what ends equals a program that
     nobody kills."""
-    images = ["--dataset", "synthetic", *SETTINGS_OF_KILLS.format(500).split()]
-    if kind != "alone":
-        folder = write_folder(tmp_path / "pictures", 100)
-        images = ["--dataset", "folder", "--data-dir", str(folder), *SMALL, *SETTINGS_OF_KILLS.format(90).split()]
+    line = ["--dataset", "folder", "--data-dir", str(write_folder(tmp_path / "pictures", 200)), *SMALL, "--validation", "90",
+            "--dropout", "0.1", "--schedule", "one-cycle", "--tensorboard"]
     if kind == "init and teacher":
-        assert start_program(*images, "--epochs", "1", "--log-dir", str(tmp_path / "logs")).wait() == 0
-        images += ["--init", str(ROOT / "logs/reference/best/seed-0"), "--teacher", str(only_run(tmp_path))]
-    images += ["--epochs", "6"]
-    line = ["sweep", "--lr", "0.01,0.02", "--seeds", "2", *images] if kind == "sweep" else images
+        assert start_program(*line, "--epochs", "1", "--log-dir", str(tmp_path / "logs")).wait() == 0
+        line += ["--init", str(ROOT / "logs/reference/best/seed-0"), "--teacher", str(only_run(tmp_path))]
+    line += ["--epochs", "6"]
+    if kind == "sweep":
+        line = ["sweep", "--lr", "0.01,0.02", "--seeds", "2", *line]
     assert start_program(*line, "--log-dir", str(tmp_path / "whole")).wait() == 0
     whole = find_runs(tmp_path / "whole")
     longest, rng, killed, resumed = 2 * read_run(whole[0]).rows[-1]["seconds"], random.Random(2), 0, 0
