@@ -31,8 +31,8 @@ class Config:
     """The settings of one run. A value of the wrong type or out of its range raises UserError."""
 
     # data
-    dataset: str = setting("auto", "images: cifar10; folder: your own; synthetic: built in; auto: cifar10, or, without "
-                           "--data-dir, where it is not there and can't be downloaded, a demonstration on synthetic",
+    dataset: str = setting("auto", "images: cifar10; folder: your own; synthetic: built in; auto: cifar10; without "
+                           "--data-dir and without a connection, a demonstration on synthetic",
                            choices=("auto", "cifar10", "folder", "synthetic"))
     data_dir: str = setting("data", "folder with cifar-10-batches-py, or with train/<class>/* and test/<class>/*")
     batch_size: int = setting(128, "images per step", low=1, high=65536)
@@ -43,7 +43,7 @@ class Config:
                            low=0, high=256)
     batches: str = setting("auto", "where batches are made: device: whole batches, on the device that trains; workers: image "
                            "by image, in processes; auto: device if the augmentation can run there. The two "
-                           "draw other random numbers from the same distributions", choices=("auto", "device", "workers"))
+                           "draw different random numbers from the same distributions", choices=("auto", "device", "workers"))
 
     # augmentation of training images
     flip_p: float = setting(0.5, "probability of a horizontal flip", low=0, high=1)
@@ -63,10 +63,10 @@ class Config:
     epochs: int = setting(80, "passes over the training images", low=1, high=100_000)
     lr: float = setting(0.01, "learning rate of SGD: the highest of the schedule", low=1e-12, high=1000)
     min_lr: float = setting(1e-6, "learning rate after the last epoch, of cosine and one-cycle", low=0, high=1000)
-    schedule: str = setting("cosine", "learning rate by epoch: cosine: from lr down to min_lr; one-cycle: up to lr for three "
-                            "tenths of the steps, then down to min_lr, by step; step: a tenth after half and after three "
-                            "quarters of the epochs; constant", choices=("cosine", "one-cycle", "step", "constant"))
-    warmup: int = setting(0, "first epochs, in which the learning rate grows linearly to lr; one-cycle has its own", low=0,
+    schedule: str = setting("cosine", "scheduler: cosine: CosineAnnealingLR from lr to min_lr; one-cycle: OneCycleLR up to lr "
+                            "and down to min_lr, by batch; step: MultiStepLR, a tenth after half and three quarters of the "
+                            "epochs; constant", choices=("cosine", "one-cycle", "step", "constant"))
+    warmup: int = setting(0, "epochs of linear warm-up to lr; one-cycle has its own", low=0,
                           high=100_000)
     momentum: float = setting(0.9, "momentum of SGD", low=0, high=0.9999)
     nesterov: bool = setting(False, "use Nesterov momentum")
@@ -74,8 +74,8 @@ class Config:
     label_smoothing: float = setting(0.0, "label smoothing of the cross-entropy loss", low=0, high=0.99)
 
     # trained weights
-    init: str = setting("", "trained weights to begin with: a finished run, as for --teacher, or a .safetensors file; a layer "
-                        "that doesn't fit, such as the head for other classes, begins anew; empty: all begin anew")
+    init: str = setting("", "trained weights to start from: a finished run, as for --teacher, or a .safetensors file; layers "
+                        "of another name or shape, such as the head for other classes, are initialized; empty: all are")
     teacher: str = setting("", "finished run to distill into the new network: its --name, its folder's name under logs/runs, "
                            "or a path; several, separated by commas: the mean of their predictions (in a sweep: A+B); empty: "
                            "train on labels alone")
@@ -174,7 +174,7 @@ def check_setting(field: dataclasses.Field, value: Any) -> Any:
     return value
 
 
-# LEARNINGS.md tells how these were chosen. By itself, only the learning rate made a significant difference
+# LEARNINGS.md tells how these were chosen. Of these, only the learning rate made a significant difference by itself
 BETTER: dict[str, Any] = {"lr": 0.1, "min_lr": 0.0, "nesterov": True, "affine_p": 0.0}
 
 # 24 x 24 of 36 x 36 pixels, then whole images for the last fifth of the epochs

@@ -1,4 +1,4 @@
-"""The trained networks for torch.hub, in one line:
+"""The trained networks for torch.hub.
 
     net = torch.hub.load("OWNER/NAME", "tiny_cifar10", weights="best")       or ("FOLDER", ..., source="local")
     net.classes[net(np.asarray(Image.open("cat.jpg").convert("RGB"))).argmax(1)]

@@ -56,7 +56,7 @@ STAGES = {"input_block": ("input", "reads the colours: the only full 3x3 convolu
           "conv_block1": ("block 1", "edges and colours; halves the map"),
           "conv_block2": ("block 2", "textures; halves the map, doubles the channels"),
           "conv_block3": ("block 3", "parts of objects; halves the map"),
-          "conv_block4": ("block 4", "dilation 2 widens the view to the whole image, at no cost"),
+          "conv_block4": ("block 4", "dilation 2 widens the receptive field from 63 to 79, at no more multiply-adds"),
           "head": ("head", "averages each map, then weighs the features")}
 
 
@@ -152,14 +152,13 @@ def result_line() -> str:
     theirs = describe_network(peer.net)
     alone, taught = accuracy("strong"), accuracy("best")
     cost = compute(vars(Config(**RECIPES["best"]))) / compute(vars(Config(**RECIPES["strong"])))
-    return (f"**{ours['parameters']:,} parameters** and {ours['multiply_adds'] / 1e6:.2f} M multiply-adds reach "
-            f"**{plus_minus(*alone[:2])} %** of the CIFAR-10 test images, trained on the labels alone (`strong`, "
-            f"{plural(alone[2], 'seed')}), and **{plus_minus(*taught[:2])} %** with a teacher, for {cost:.0f} times the "
-            f"compute, the teacher's included (`best`, {plural(taught[2], 'seed')}). An image takes "
-            f"**{latency[OURS]} ms** (ONNX Runtime, float32, one "
-            f"thread of an AMD EPYC). {name}, the most accurate of the [networks compared](docs/inference.md), reaches "
-            f"{peer.accuracy:.2f} % with {theirs['parameters']:,} parameters, {theirs['multiply_adds'] / 1e6:.2f} M "
-            f"multiply-adds and {latency[name]} ms.")
+    return (f"The network has **{ours['parameters']:,} parameters** and {ours['multiply_adds'] / 1e6:.2f} M multiply-adds. "
+            f"Trained on the labels alone, it reaches **{plus_minus(*alone[:2])} %** test accuracy (`strong`, "
+            f"{plural(alone[2], 'seed')}). With a teacher it reaches **{plus_minus(*taught[:2])} %** (`best`, "
+            f"{plural(taught[2], 'seed')}), for {cost:.0f} times the compute, the teacher's included. An image takes "
+            f"**{latency[OURS]} ms** (ONNX Runtime, float32, one thread of an AMD EPYC). {name}, the most accurate of the "
+            f"[networks compared](docs/inference.md), reaches {peer.accuracy:.2f} % as published, with "
+            f"{theirs['parameters']:,} parameters, {theirs['multiply_adds'] / 1e6:.2f} M multiply-adds and {latency[name]} ms.")
 
 
 @cache
@@ -175,14 +174,22 @@ def command(recipe: str, changes: dict[str, Any]) -> str:
     return " ".join([f"python main.py{named}", *(f"{flag(name)} {value}" for name, value in changes.items())])
 
 
+def duration(recipe: str) -> str:
+    """How long the epochs of a recipe's runs took, on average, and on what."""
+    runs = recipe_runs(recipe)
+    minutes = statistics.fmean(sum(row["seconds"] for row in run.rows) for run in runs) / 60
+    device = "H100" if "H100" in runs[0].record["machine"]["device"] else "CPU, one thread"
+    return f"{minutes / 60:.1f} h ({device})" if minutes > 60 else f"{minutes:.0f} min ({device})"
+
+
 def recipe_table() -> str:
     """Cost and final accuracies of the recipes: mean and standard deviation over seeds."""
-    lines = ["| recipe | command | epochs | cost | test % | seeds |", "|---|---|---:|---:|---:|---:|",
-             f"| as published | | 80 | 1 | {PUBLISHED[79][1]:.2f} | 1 |"]
+    lines = ["| recipe | command | epochs | cost | time | test % | seeds |", "|---|---|---:|---:|---:|---:|---:|",
+             f"| as published | | 80 | 1 | | {PUBLISHED[79][1]:.2f} | 1 |"]
     for recipe, changes in RECIPES.items():
         config, (mean, std, count) = Config(**changes), accuracy(recipe)
         lines.append(f"| `{recipe}` | `{command(recipe, {})}` | {config.epochs} | {compute(vars(config)):.2g} "
-                     f"| {plus_minus(mean, std)} | {count} |")
+                     f"| {duration(recipe)} | {plus_minus(mean, std)} | {count} |")
     return "\n".join(lines)
 
 

@@ -94,7 +94,7 @@ def test_combinations_that_train_the_same_are_one_run(plan, capsys):
     planned = plan("--affine-p", "0,0.5", "--shift", "0.05,0.1", "--seeds", "1")
     assert [(each.config.affine_p, each.config.shift) for each in planned[1:]] == [(0.5, 0.05), (0.5, 0.1)]
     assert planned[0].config.affine_p == 0
-    assert "1 of the 4 combinations change only what has no effect" in capsys.readouterr().out
+    assert "left out 1 of 4 combinations: they differ from others only in settings without effect" in capsys.readouterr().out
 
 
 def with_changes(planned: PlannedRun, part: str, **changes) -> PlannedRun:

@@ -129,7 +129,7 @@ def test_what_a_folder_holds_beside_images_is_told(command, tmp_path):
     status, out, err = command("predict", folder, "--run", run)
     assert status == 0
     assert len(out.splitlines()) == 7
-    assert f"left out 2 of what the folders hold, such as {folder / 'link'}: " in one_line(err)
+    assert f"left out 2 entries of the folders, such as {folder / 'link'}: " in one_line(err)
 
 
 def test_a_path_that_is_missing_costs_the_others_nothing(command, tmp_path):

@@ -204,7 +204,7 @@ def test_wrong_input_is_one_line(command, tmp_path):
     assert "device is cuda:9" in refused("predict", image, "--device", "cuda:9", *logs)
     for verb in (("predict", image), ("test",), ("plot",)):
         assert "device is 'tpu', but must be one of" in refused(*verb, "--device", "tpu", *logs)
-    assert "is no run: pictures are drawn of a run" in refused("plot", folder / "final.safetensors")
+    assert "holds weights, but pictures are drawn of a run" in refused("plot", folder / "final.safetensors")
     assert "invalid choice: 'pdf'" in refused("export", "--to", "pdf")
 
 

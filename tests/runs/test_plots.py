@@ -103,7 +103,7 @@ def test_what_cannot_be_plotted_is_one_line(run, command, tmp_path, pictures):
     assert run("--epochs", "1")[0] == 0
     folder = only_run(tmp_path)
     assert "there is no run 'nothing'" in plot("nothing")
-    assert "is no run: pictures are drawn of a run" in plot(folder / "final.safetensors")
+    assert "holds weights, but pictures are drawn of a run" in plot(folder / "final.safetensors")
     assert "nowhere: name the folder that holds them with --data-dir" in plot("--data-dir", tmp_path / "nowhere")
     other = tmp_path / "other"
     for source in pictures.rglob("*.png"):
@@ -190,7 +190,7 @@ def test_pictures_of_another_head_have_no_maps_and_say_why(tmp_path, capsys):
     assert {path.name for path in run.folder.glob("*.png")} == NAMES - {"filters.png"}
     assert "mistakes.png" in out
     first, second = err.splitlines()
-    assert first.startswith("mistakes.png lacks where the network looked: the network has no class activation maps")
+    assert first.startswith("mistakes.png has no activation maps: the network has no class activation maps")
     assert second == "it/filters.png could not be drawn (the network has no convolution of 3 channels)"
 
 

@@ -56,4 +56,5 @@ def run(arguments: Namespace, _: Callable, build: Callable, train_step: Callable
               "settings, or, with --init, has learned it already")
         return
     line = shlex.join([*arguments.line, "--lr", f"{suggestion:g}"])  # of two, the last counts
-    print(f"Suggestion: --lr {suggestion:g}; LEARNINGS.md tells how near that is. Train with it:\n    python main.py {line}")
+    print(f"Suggestion: --lr {suggestion:g}; LEARNINGS.md tells how accurate that is. Train with it:\n"
+          f"    python main.py {line}")

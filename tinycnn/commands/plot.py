@@ -26,5 +26,5 @@ def run(arguments: Namespace) -> None:
     from tinycnn.inference.pictures import draw_pictures
 
     if arguments.run and arguments.run.endswith(".safetensors"):
-        raise UserError(f"{arguments.run} is no run: pictures are drawn of a run; name its folder")
+        raise UserError(f"{arguments.run} holds weights, but pictures are drawn of a run: name its folder")
     draw_pictures(load_trained(arguments))

@@ -20,7 +20,7 @@ def parse(line: list[str]) -> Namespace:
     """Parse the arguments of `test`."""
     parser = Parser("test", HELP)
     parser.add_run("log_dir", "data_dir", "device")
-    parser.add_argument("--flip", action="store_true", help="also average over each image and its mirror image")
+    parser.add_argument("--flip", action="store_true", help="also average the predictions for each image and its mirror image")
     parser.add_argument("--json", action="store_true", help="print JSON, with all confused pairs")
     return check_settings(parser.parse(line))
 

@@ -11,7 +11,7 @@ from tinycnn.commands.parser import Parser, complete_settings
 
 VERSION = "1.1.0"
 
-HELP = """Train the network on CIFAR-10, and write what happened to logs/.
+HELP = """Train the network on CIFAR-10. Logs, checkpoints and weights go to logs/.
 
     python main.py                              80 epochs with the settings of config.py
     python main.py --recipe fast --seed 1       a named set of settings; every setting is a flag of the same name

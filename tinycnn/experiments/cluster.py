@@ -137,7 +137,7 @@ def _make_missing(ray: Any, plan: Sequence[PlannedRun], images: Dataset, outcome
     gpus = gpus if gpus is not None else min(1, total.get("GPU", 0))
     for name, wanted in (("CPU", cpus), ("GPU", gpus)):
         if max((node["Resources"].get(name, 0) for node in ray.nodes() if node["Alive"]), default=0) < wanted:
-            raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: give less")
+            raise UserError(f"--{name.lower()}s-per-run is {wanted:g}, but no machine of the cluster has as many: lower it")
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(train_run)
     images_there = ray.put(images)
     configs = {(planned.config.init, planned.config.teacher): planned.config for planned in plan}

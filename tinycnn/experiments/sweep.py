@@ -83,8 +83,8 @@ def plan_runs(configs: Sequence[Config]) -> tuple[list[PlannedRun], Dataset]:
          "dataset": {"sha256": fingerprints[config.validation]}}) for config in configs]
     distinct = list({planned.key: planned for planned in plan}.values())
     if len(distinct) < len(plan):
-        print(f"{len(plan) - len(distinct)} of the {len(plan)} combinations change only what has no effect beside the others: "
-              "left out")
+        print(f"left out {len(plan) - len(distinct)} of {len(plan)} combinations: they differ from others only in settings "
+              "without effect")
     return distinct, dataset
 
 

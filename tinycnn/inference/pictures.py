@@ -69,7 +69,7 @@ def _class_maps(net: nn.Module, dataset: Dataset, indices: Sequence[int]) -> dic
     try:
         return dict(zip(indices, class_maps(net, images.to(next(net.parameters()).device)).cpu().numpy(), strict=True))
     except UserError as error:
-        print(f"mistakes.png lacks where the network looked: {error}", file=sys.stderr)
+        print(f"mistakes.png has no activation maps: {error}", file=sys.stderr)
         return {}
 
 

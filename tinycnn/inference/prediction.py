@@ -47,8 +47,8 @@ def image_files(names: Sequence[str]) -> list[Path]:
         left_out += [each for each in inside if each.suffix.lower() not in SUFFIXES]
         files += images or [path]  # a folder without any becomes an error
     if left_out:
-        print(printable(f"left out {len(left_out)} of what the folders hold, such as {min(left_out)}: links to folders, what "
-                        "can't be read, and files not named as images are"), file=sys.stderr)
+        print(printable(f"left out {len(left_out)} entries of the folders, such as {min(left_out)}: links to folders, "
+                        "unreadable folders, and files without an image's extension"), file=sys.stderr)
     return files
 
 

@@ -223,7 +223,7 @@ class Run:
     def _rescue(self, error: BaseException) -> None:
         """Write what isn't written yet, and note on `error` what is safe and how to resume."""
         if not self.folder.is_dir():
-            error.add_note("nothing of the run is left; start a new run")
+            error.add_note("the run's folder was deleted; start a new run")
             return
         with contextlib.suppress(Exception):  # a full disk, say, of which `error` tells already
             self._write_checkpoint()

@@ -89,7 +89,7 @@ def find_weights(log_dir: Path, name: str | None) -> Path:
         return find_finished(log_dir, name) / FINAL
     path = next((path for path in (Path(name), log_dir / "runs" / name, PROGRAM / name) if path.is_file()), None)
     if path is None:
-        raise UserError(f"there is no file {name}, also not below {log_dir / 'runs'}: name a run, or a .safetensors file "
+        raise UserError(f"there is no file {name}, neither here nor in {log_dir / 'runs'}: name a run, or a .safetensors file "
                         "of one")
     return path
 
