@@ -1,6 +1,7 @@
 """The trained networks for torch.hub.
 
-    net = torch.hub.load("OWNER/NAME", "tiny_cifar10", weights="best")       or ("FOLDER", ..., source="local")
+    net = torch.hub.load("OWNER/NAME", "tiny_cifar10", weights="best")
+    net = torch.hub.load("FOLDER", "tiny_cifar10", weights="best", source="local")
     net.classes[net(np.asarray(Image.open("cat.jpg").convert("RGB"))).argmax(1)]
 """
 

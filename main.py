@@ -43,7 +43,7 @@ BY_BATCH = (OneCycleLR,)  # schedulers that step after each batch; all others st
 
 
 def train(config: Config, inputs: Inputs | None = None, run: Run | None = None) -> Path:
-    """Train a new run, or `run` to its end, which was begun before. Returns the run's folder. A sweep passes `inputs`.
+    """Train a new run, or resume `run`. Returns the run's folder. `inputs`: what is loaded already, as by load_inputs.
 
     Raises UserError for what the user can change, and Diverged where the loss is no longer finite."""
     inputs = inputs or load_inputs(config)               # images in memory, trained weights, the device
@@ -71,7 +71,7 @@ def train(config: Config, inputs: Inputs | None = None, run: Run | None = None) 
 
 
 def build(inputs: Inputs) -> tuple[nn.Module, torch.optim.Optimizer, LRScheduler, Criterion, Batches]:
-    """Everything that trains, at its beginning."""
+    """Build the network, optimizer, scheduler, criterion and batches of a new run."""
     config, dataset, device = inputs.config, inputs.dataset, inputs.device
     batches = make_batches(config, dataset, train_policy, test_policy, device)
     seed_torch(config.seed, 0)
@@ -118,8 +118,7 @@ def train_step(net: nn.Module, optimizer: torch.optim.Optimizer, criterion: Crit
 
 
 def train_epoch(step: Step, net: nn.Module, batches: Epoch, scheduler: LRScheduler) -> tuple[float, float]:
-    """Train on each batch. Returns the mean loss, in nats per image, and the accuracy, in percent, of the epoch, in which the
-    weights change."""
+    """Train on each batch. Returns the mean loss, in nats per image, and the accuracy, in percent, measured while training."""
     net.train()
     sums, count = torch.zeros(2, device=next(net.parameters()).device), 0
     for images, labels in progress(batches, sums):

@@ -30,7 +30,7 @@ from tinycnn.experiments.statistics import LEVEL
 from tinycnn.network.receptive_field import convolutions
 from tinycnn.network.summary import describe_network
 from tinycnn.runs.finding import PROGRAM, REFERENCE
-from tinycnn.runs.record import CONFIG, Run, read_run
+from tinycnn.runs.record import CONFIG, SavedRun, read_run
 from tinycnn.sources import ON_TOP
 from tinycnn.text import plural
 
@@ -109,7 +109,7 @@ def convolution_table() -> str:
     return "\n".join(lines)
 
 
-def recipe_runs(recipe: str) -> list[Run]:
+def recipe_runs(recipe: str) -> list[SavedRun]:
     """The committed runs of a recipe, by seed."""
     folders = [path.parent for path in (REFERENCE / recipe).glob(f"*/{CONFIG}")] + [REFERENCE] * (recipe == "baseline")
     return sorted(map(read_run, folders), key=lambda run: run.record["config"]["seed"])

@@ -64,7 +64,7 @@ def test_a_run_leaves_the_files_of_the_design(run, tmp_path, pictures):
     assert found.summary["seconds"] == pytest.approx(sum(row["seconds"] for row in found.rows), abs=0.02)
     assert pandas.read_csv(logs / "model_accuracy.log", sep=r"\s+", comment="#")["epoch"].tolist() == [0, 1]
     assert out.splitlines()[-2] == f"Everything is in {folder}"
-    assert out.splitlines()[-1].startswith("Next: python main.py test")
+    assert out.splitlines()[-1] == f"Next: python main.py test | predict IMAGE | export | compare, each with --log-dir {logs}"
 
     # the final weights load in three lines, and give the logged accuracy
     net = Net(num_classes=3)
@@ -135,7 +135,8 @@ def test_without_cifar10_auto_is_a_demonstration_with_a_banner(command, tmp_path
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--lr", "nan"], "--lr is nan"), (["--batch-size", "0"], "--batch-size is 0"),
     (["--dataset", "foldr"], "--dataset is 'foldr', but must be one of auto, cifar10, folder, synthetic: did you mean folder?"),
-    (["--device", "gpu"], "--device is 'gpu'"), (["--device", "cuda:999"], "device is cuda:999, but this PyTorch finds"),
+    (["--device", "gpu"], "--device is 'gpu'"),
+    (["--device", "cuda:999"], "there is no device cuda:999, as this PyTorch finds"),
     (["--data-dir", "/nowhere"], "there is no such folder"), (["--dataset", "cifar10", "--data-dir", "/nowhere"], "/nowhere"),
     (["--dataset", "auto", "--data-dir", "/nowhere"], "/nowhere"), (["--name", "x.safetensors"], "--name is 'x.safetensors'"),
     (["--validation", "100"], "--validation 100 takes 34 images of each class"), (["--data-dir", "x" * 300], "x" * 300),
@@ -153,12 +154,12 @@ def test_wrong_input_ends_with_one_line_status_2_and_no_files(run, tmp_path, arg
 def test_cuda_where_there_is_none(run):
     status, _, err = run("--device", "cuda")
     assert status == 2
-    assert "device is cuda, but this PyTorch finds 0 cuda devices: use --device cpu" in one_line(err)
+    assert "there is no device cuda, as this PyTorch finds 0 cuda devices: install a PyTorch that fits" in one_line(err)
 
 
 def test_a_log_folder_that_can_not_be_one(run, tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text('{"config": {}}')
     (tmp_path / "file").write_text("mine")
     for name, words in (("run", "is the folder of a run"), ("file", "runs can't be made (Not a directory): choose another")):
         status, _, err = run("--epochs", "1", "--log-dir", tmp_path / name)

@@ -1,4 +1,4 @@
-"""What depends on the device: precision, memory format, second streams of a GPU, and how long it takes for something."""
+"""What depends on the device: precision, memory format, second streams of a GPU; and a timer."""
 
 import statistics
 import time

@@ -48,7 +48,7 @@ class Processes:
         """The sum of a tensor over all processes, in float64, on the CPU."""
         values = values.detach().to("cpu", torch.float64)
         if self.size > 1:
-            with self.lost():
+            with self.detect_loss():
                 dist.all_reduce(values)
         return values
 
@@ -57,14 +57,14 @@ class Processes:
         if self.size == 1:
             return compute()
         box = [compute() if self.is_first else None]
-        with self.lost():
+        with self.detect_loss():
             dist.broadcast_object_list(box, device=torch.device("cpu"))
         return box[0]  # type: ignore[return-value]
 
     @contextmanager
-    def lost(self) -> Iterator[None]:
-        """Raise ProcessLost where torch.distributed fails in the body. From then on signals, which torchrun sends to all
-        processes, are ignored: the first one has to save what can be saved."""
+    def detect_loss(self) -> Iterator[None]:
+        """Raise ProcessLost where a collective operation in the body fails because another process has ended. From then on
+        signals, which torchrun sends to all processes, are ignored: the first one has to save what can be saved."""
         try:
             yield
         except RuntimeError as error:
@@ -80,7 +80,7 @@ class Processes:
             raise ProcessLost(cause) from error
 
 
-here = Processes()  # changed in place by tinycnn.training.distributed.join_processes
+world = Processes()  # changed in place by tinycnn.training.distributed.join_processes
 
 
 def environment_number(name: str, default: int) -> int:

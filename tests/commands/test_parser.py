@@ -75,6 +75,12 @@ def test_a_home_folder_is_found_also_where_the_shell_leaves_its_sign(line):
     assert setting("~/data", "images").default == os.path.expanduser("~/data")
 
 
+def test_a_named_data_dir_makes_cifar10_of_auto_only(monkeypatch):
+    assert parse(["--data-dir", Config.data_dir]).config.dataset == "cifar10"
+    monkeypatch.setattr(Config, "dataset", "folder")  # as an edited config.py has it
+    assert parse(["--data-dir", Config.data_dir]).config.dataset != "cifar10"
+
+
 @pytest.mark.parametrize("verb", ["test", "plot", "export"])
 def test_the_help_tells_where_the_images_of_a_run_are_looked_for(verb, capsys):
     with pytest.raises(SystemExit):

@@ -18,7 +18,7 @@ from tinycnn.data.dataset import Dataset, Split
 from tinycnn.data.device_batches import DeviceBatches
 from tinycnn.data.randomness import AUGMENTATION, random_stream
 from tinycnn.data.worker_batches import WorkerBatches
-from tinycnn.processes import here
+from tinycnn.processes import world
 from tinycnn.runs.record import read_run
 
 CPU = torch.device("cpu")
@@ -136,9 +136,9 @@ def test_processes_share_each_batch(way, batch_size, monkeypatch):
     """A part may be empty. In the order of the processes, the parts are the batch."""
     batches = make(way, batch_size=batch_size)
     whole, parts = list(batches.train(1)), []
-    monkeypatch.setattr(here, "size", 3)
+    monkeypatch.setattr(world, "size", 3)
     for rank in range(3):
-        monkeypatch.setattr(here, "rank", rank)
+        monkeypatch.setattr(world, "rank", rank)
         parts.append(list(batches.train(1)))
     for expected, *made in zip(whole, *parts, strict=True):
         assert all(torch.equal(one, torch.cat(each)) for one, each in zip(expected, zip(*made, strict=True), strict=True))

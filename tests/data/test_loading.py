@@ -58,6 +58,7 @@ def test_without_data_and_network_auto_is_a_demonstration(tmp_path, capsys):
     resolved = resolve_auto(Config(), dataset)
     assert (resolved.dataset, resolved.epochs) == ("synthetic", 5)
     assert resolve_auto(Config(epochs=3), dataset).epochs == 3
+    assert resolve_auto(Config(warmup=20), dataset).warmup == 4
     assert resolve_auto(Config(dataset="synthetic"), dataset).epochs == 80
 
 

@@ -4,11 +4,13 @@ import multiprocessing
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from test_batches import joined, make
 
+from config import UserError
 from tinycnn.data import worker_batches
 
 
@@ -48,6 +50,15 @@ def test_workers_that_are_not_forked_share_the_images(monkeypatch, method):
     monkeypatch.setattr(worker_batches, "_start_method", lambda: method)
     splits = make("workers", workers=1).loader.dataset.splits
     assert all(tensor.is_shared() for pair in splits.values() for tensor in pair)
+
+
+def test_workers_that_would_load_an_edited_policy_are_refused(monkeypatch):
+    """Only forked ones have the policy that the program has."""
+    monkeypatch.setitem(worker_batches.COPIED_FILES, "augmentation.py", b"of before")
+    for method in ("spawn", "fork"):
+        monkeypatch.setattr(worker_batches, "_start_method", lambda method=method: method)
+        with nullcontext() if method == "fork" else pytest.raises(UserError, match=r"augmentation\.py was edited after"):
+            make("workers", workers=1)
 
 
 @pytest.mark.parametrize(("default", "version", "expected"), [

@@ -60,8 +60,10 @@ def test_a_repeated_seed_counts_once_and_the_newest(make, tmp_path):
     assert group_of(table, lr="0.05").values("test_acc") == [90]
 
 
-def test_a_newer_run_of_the_reference_settings_stands_for_the_reference(make, tmp_path):
-    make(91, 0)
+@pytest.mark.parametrize("edits", [None, {}])  # as runs record them from before and from after the reference
+def test_a_newer_run_of_the_reference_settings_stands_for_the_reference(make, tmp_path, edits):
+    make(89, 0)
+    make(91, 0, edits=edits)
     make(90, 0, lr=0.05)
     [table] = compared(tmp_path)
     assert group_of(table).is_reference

@@ -10,6 +10,7 @@ from tinycnn.runs.finding import (
     REFERENCE,
     RunState,
     find_finished,
+    find_job_run,
     find_runs,
     find_unfinished,
     named_runs,
@@ -117,3 +118,19 @@ def test_a_log_folder_that_is_a_run_is_refused(tmp_path, make):
     for state in RunState:
         with pytest.raises(UserError, match="is the folder of a run, whose log would be overwritten"):
             refuse_run_folder(make(state.name, state=state))
+    (tmp_path / "config.json").write_text('{"name": "of another program"}')
+    refuse_run_folder(tmp_path)
+
+
+def test_a_job_that_begins_takes_its_name_from_earlier_ones(tmp_path, make, monkeypatch):
+    """torchrun's --rdzv-id may be used again."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for name, job in (("1", "job"), ("2", "another")):
+        write(make(name) / ".job", job)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_job_run(tmp_path) == (RunState.FINISHED, tmp_path / "runs" / "1")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert find_job_run(tmp_path)[0] is RunState.FOREIGN
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert find_job_run(tmp_path)[0] is RunState.FOREIGN
+    assert (tmp_path / "runs" / "2" / ".job").exists()

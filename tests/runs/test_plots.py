@@ -23,7 +23,7 @@ from tinycnn.inference.loading import Trained
 from tinycnn.inference.pictures import draw_pictures
 from tinycnn.runs import plots
 from tinycnn.runs.drawing import drawing, save
-from tinycnn.runs.record import Run, read_run
+from tinycnn.runs.record import SavedRun, read_run
 from tinycnn.runs.weights import Weights
 
 NAMES = {"accuracy.png", "confusion_matrix.png", "mistakes.png", "augmentation.png", "receptive_field.png", "filters.png"}
@@ -52,7 +52,7 @@ def made_up(classes: tuple[str, ...]) -> tuple[Dataset, A.Compose]:
     return dataclasses.replace(images, class_names=classes, train=train, test=test), policy
 
 
-def reference_run(folder) -> Run:
+def reference_run(folder) -> SavedRun:
     folder.mkdir()
     return dataclasses.replace(read_run(REFERENCE), folder=folder)
 

@@ -32,7 +32,7 @@ from tinycnn.data.batches import make_batches
 from tinycnn.data.dataset import Dataset
 from tinycnn.data.synthetic import draw
 from tinycnn.data.tensors import Epoch
-from tinycnn.processes import Processes, here
+from tinycnn.processes import Processes, world
 from tinycnn.runs import inputs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_run
@@ -92,7 +92,7 @@ def program(line: list[str], action: str = "", rank: int = -1) -> None:
     right, calls = getattr(main, function), iter(range(100))
 
     def acting(*arguments):
-        if next(calls) == 1 and rank in (-1, here.rank):
+        if next(calls) == 1 and rank in (-1, world.rank):
             if action.startswith("kill"):
                 os.kill(os.getpid(), signal.SIGKILL)
             elif action == "stop":
@@ -132,9 +132,9 @@ def train(pictures, tmp_path_factory):
 def process(monkeypatch):
     """process(1, 3): from now on this is process 1 of 3."""
     def process(rank: int, size: int) -> Processes:
-        monkeypatch.setattr(here, "rank", rank)
-        monkeypatch.setattr(here, "size", size)
-        return here
+        monkeypatch.setattr(world, "rank", rank)
+        monkeypatch.setattr(world, "size", size)
+        return world
 
     return process
 
@@ -210,7 +210,7 @@ def test_there_is_a_limit_to_the_meeting(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"can't find each other \(not within 0:00:00.3.*unset WORLD_SIZE"), join_processes():
         pass
-    assert here.size == 1
+    assert world.size == 1
     assert "waiting for the other 1 of 2 processes" in capsys.readouterr().err
 
 
@@ -219,7 +219,7 @@ def test_there_is_a_limit_to_the_meeting(monkeypatch, capsys):
 def batches(scale: float = 1) -> Epoch:
     """This process's parts of batches of 10, 10 and 1 images."""
     images = torch.randn(21, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    order = [whole[here.share_of(len(whole))] for whole in torch.arange(21).split(10)]
+    order = [whole[world.share_of(len(whole))] for whole in torch.arange(21).split(10)]
     return Epoch(iter([(scale * images[indices], indices % 10) for indices in order]), 21)
 
 
@@ -269,7 +269,7 @@ def one_epoch(train_step=main.train_step, criterion=cross_entropy, norm: bool = 
         saved.add(kept := Saved(tensor))
         return kept
 
-    if here.is_first:
+    if world.is_first:
         generator = torch.Generator().manual_seed(1)
         for parameter in net.parameters():
             parameter.grad = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
@@ -301,12 +301,12 @@ def load_in_turn(images: str) -> dict:
     """Load images as on two machines, the second of which has all processes but the first, and is slow."""
     def load(kind: str, data_dir: str) -> Dataset:
         result.update(kind=kind, began=time.monotonic())
-        time.sleep(0.5 if here.rank == 1 else 0.1)
+        time.sleep(0.5 if world.rank == 1 else 0.1)
         result["ended"] = time.monotonic()
         return Dataset("synthetic", tuple(images), draw(10, 1), draw(10, 2), draw(0, 3))
 
     result = {}
-    here.local_rank, inputs.load_dataset = max(0, here.rank - 1), load
+    world.local_rank, inputs.load_dataset = max(0, world.rank - 1), load
     try:
         inputs._load_in_turn(Config(dataset="auto"))
     except UserError as error:
@@ -316,7 +316,7 @@ def load_in_turn(images: str) -> dict:
 
 def save_epochs(folder: Path) -> None:
     with join_processes():
-        rank = here.rank
+        rank = world.rank
         torch.save((epochs_of_all_kinds(), load_in_turn("0123456789"), load_in_turn(f"012345678{rank}")), folder / f"{rank}.pt")
 
 
@@ -460,13 +460,13 @@ def test_after_kill_9_of_the_first_process_the_run_goes_on_with_another_number(t
 def test_kill_9_of_one_process_at_random_moments(whole, tmp_path, pictures):
     """The other one ends by itself; then both go on, to the same bits."""
     rng, killed, number = random.Random(2), 0, 0
-    while killed < 30:
+    while killed < 20:
         logs = tmp_path / str(number)
         states = [run_state(folder) for folder in find_runs(logs)]
         line = ["--resume"] if states else ["--dataset", "folder", "--data-dir", str(pictures), *SMALL, *LINE]
         processes = start(2, tmp_path / "processes", program, [*line, "--log-dir", str(logs)])
         victim = processes[rng.randrange(2)]
-        victim.join(rng.uniform(0, 5))
+        victim.join(rng.uniform(0, 3))
         if victim.exitcode is None:
             victim.kill()
             killed += 1

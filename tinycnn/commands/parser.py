@@ -116,8 +116,7 @@ def _read(name: str, text: str) -> Any:
     """The value of a setting."""
     kind: Any = SETTINGS[name].type
     try:
-        is_path = name.endswith("_dir") or name in ("init", "teacher")
-        return os.path.expanduser(text) if is_path else kind(text)  # shells leave --data-dir=~/data as it is
+        return os.path.expanduser(text) if name.endswith("_dir") else kind(text)  # shells leave --data-dir=~/data as it is
     except ValueError:
         comma = ": write a decimal point; several values are for python main.py sweep" if "," in text else ""
         raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number{comma}") from None
@@ -150,6 +149,6 @@ def complete_settings(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("threads", 0) > available_cores():
         print(f"--threads is {given['threads']}, but this program may use {available_cores()} cores: more threads than cores "
               "are slower", file=sys.stderr)
-    if "data_dir" in given:
-        given = {"dataset": "cifar10" if given["data_dir"] == Config.data_dir else Config.dataset} | given
+    if Config.dataset == "auto" and given.get("data_dir") == Config.data_dir:
+        given = {"dataset": "cifar10"} | given
     return given

@@ -72,21 +72,25 @@ def _versions() -> str:
 def run(arguments: Namespace, train: Callable[..., Path], *_: Callable) -> int:
     """Train the run that `arguments.config` describes, or resume the one that `arguments.resume` names, in this process or in
     all that torchrun has started. `train` is main.train."""
+    import shlex
+
     from tinycnn.inference.result import show
-    from tinycnn.processes import here
+    from tinycnn.processes import world
     from tinycnn.runs.inputs import load_inputs
     from tinycnn.runs.run import choose_run
     from tinycnn.training.distributed import join_processes
 
     with join_processes():
         # the first process decides, which holds the lock of a run that is resumed
-        chosen = choose_run(arguments.config, arguments.given, arguments.resume) if here.is_first else None
-        config = here.broadcast(lambda: chosen.config if chosen else None)
+        chosen = choose_run(arguments.config, arguments.given, arguments.resume) if world.is_first else None
+        config = world.broadcast(lambda: chosen.config if chosen else None)
         if config is None:
             print("the run of this job is finished")
             return 0
         inputs = load_inputs(config)
         folder = train(config, inputs, chosen)
-    if here.is_first:
+    if world.is_first:
         show(folder, inputs)
+        where = "" if config.log_dir == Config.log_dir else f", each with --log-dir {shlex.quote(config.log_dir)}"
+        print(f"Next: python main.py test | predict IMAGE | export | compare{where}")
     return 0

@@ -21,8 +21,7 @@ from tinycnn.data.worker_batches import WorkerBatches
 
 Batches = DeviceBatches | WorkerBatches
 TrainPolicy = Callable[[int], A.Compose]  # an epoch's
-MakeTrainPolicy = Callable[..., A.Compose]  # augmentation.train_policy
-MakeTestPolicy = Callable[..., A.Compose]  # augmentation.test_policy
+MakePolicy = Callable[..., A.Compose]  # augmentation.train_policy or test_policy
 # What the usual arguments and transforms of older code are called now
 NEW_NAMES = {
     "max_holes": "num_holes_range", "min_holes": "num_holes_range", "max_height": "hole_height_range",
@@ -33,7 +32,7 @@ NEW_NAMES = {
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, as fractions of 255
 
 
-def make_batches(config: Config, dataset: Dataset, train_policy: MakeTrainPolicy, test_policy: MakeTestPolicy,
+def make_batches(config: Config, dataset: Dataset, train_policy: MakePolicy, test_policy: MakePolicy,
                  device: torch.device, statistics: Statistics | None = None) -> Batches:
     """The batches of `dataset` on `device`, made as `config.batches` says: "device" or "workers". `statistics` are those of the
     training images, if no others are given. Raises UserError for policies that can't be used."""
@@ -47,8 +46,8 @@ def make_batches(config: Config, dataset: Dataset, train_policy: MakeTrainPolicy
     return make(dataset, *policies, config, device)
 
 
-def make_policies(config: Config, statistics: Statistics, train_policy: MakeTrainPolicy,
-                  test_policy: MakeTestPolicy) -> tuple[TrainPolicy, A.Compose]:
+def make_policies(config: Config, statistics: Statistics, train_policy: MakePolicy,
+                  test_policy: MakePolicy) -> tuple[TrainPolicy, A.Compose]:
     """The policy of the training images, a function of the epoch, and that of all others. Raises UserError unless the latter
     only normalizes."""
     mean, std = statistics

@@ -15,7 +15,7 @@ from tinycnn.data.device_policy import DevicePolicy, Unsupported
 from tinycnn.data.randomness import ORDER, WHOLE_BATCHES, random_stream
 from tinycnn.data.tensors import Batch, Epoch, split_tensors
 from tinycnn.device import after_this, memory_format, milliseconds, side_stream, wait_for
-from tinycnn.processes import here
+from tinycnn.processes import world
 
 AUGMENTED_TOGETHER = 4224  # images that a GPU augments together: 33 batches of 128, so 50,000 images are 12 parts
 TEST_BATCH = {"cpu": 500, "cuda": 2500}  # images per step of a test
@@ -83,7 +83,7 @@ class DeviceBatches:
                  ) -> Iterator[Batch]:
         """The images of a split in this order, by a policy with these parameters, of which row i is image i's."""
         images, labels = self.splits[name]
-        batches = [whole[here.share_of(len(whole))] for whole in order.split(batch_size)]
+        batches = [whole[world.share_of(len(whole))] for whole in order.split(batch_size)]
         # A GPU waits for kernels to be launched, so it makes many batches at once; a CPU keeps one in its cache.
         together = max(1, AUGMENTED_TOGETHER // batch_size) if self.device.type == "cuda" else 1
 

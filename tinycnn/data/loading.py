@@ -60,4 +60,4 @@ def resolve_auto(config: Config, dataset: Dataset) -> Config:
     """Replace "auto" by what it came to: "cifar10", or a demonstration: "synthetic" for DEMONSTRATION_EPOCHS at most."""
     is_demonstration = config.dataset == "auto" and dataset.kind == "synthetic"
     epochs = min(config.epochs, DEMONSTRATION_EPOCHS) if is_demonstration else config.epochs
-    return dataclasses.replace(config, dataset=dataset.kind, epochs=epochs)
+    return dataclasses.replace(config, dataset=dataset.kind, epochs=epochs, warmup=min(config.warmup, epochs - 1))

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils import data
 
-from config import Config
+from config import Config, UserError
 from tinycnn.data.dataset import Dataset
 from tinycnn.data.randomness import AUGMENTATION, ORDER, random_stream
 from tinycnn.data.tensors import Batch, Epoch, as_array, split_tensors
 from tinycnn.device import memory_format
-from tinycnn.processes import here
+from tinycnn.errors import STOP_SIGNALS
+from tinycnn.processes import world
+from tinycnn.sources import COPIED_FILES, ROOT
 
 Item = tuple[str, int, np.ndarray]  # a batch: the name of a split, an epoch, and indices
 
@@ -68,6 +70,8 @@ class WorkerBatches:
         self.dataset, self.config, self.device = dataset, config, device
         self.per_epoch = -(-len(dataset.train) // config.batch_size)
         method = _start_method() if workers else None
+        if method not in (None, "fork") and (ROOT / "augmentation.py").read_bytes() != COPIED_FILES["augmentation.py"]:
+            raise UserError("augmentation.py was edited after the program began, and new workers would load it: start it again")
         if method == "forkserver":  # imported once, not by every worker
             multiprocessing.set_forkserver_preload(["torch", "albumentations"])
         self.requests: list[Item] = []  # the items of the next pass
@@ -107,7 +111,7 @@ class WorkerBatches:
     def _batches(self, name: str, epoch: int, order: np.ndarray) -> Iterator[Batch]:
         size = self.config.batch_size
         whole = [order[start:start + size] for start in range(0, len(order), size)]
-        self.requests[:] = [(name, epoch, indices[here.share_of(len(indices))]) for indices in whole]
+        self.requests[:] = [(name, epoch, indices[world.share_of(len(indices))]) for indices in whole]
         for images, labels in self.loader:  # pinned, so that copies to a GPU needn't be waited for
             yield (images.to(self.device, non_blocking=True, memory_format=memory_format(self.device)),
                    labels.to(self.device, non_blocking=True))
@@ -124,7 +128,6 @@ def _start_worker(_: int) -> None:
     """Compute on one core. Leave the signals that reach the whole process group to the parent: it ends its workers, and they
     end by themselves when it is gone."""
     cv2.setNumThreads(0)
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has no SIGHUP
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = lambda *_: None  # for the thread that hands batches over, when the parent has gone

@@ -18,7 +18,7 @@ from tinycnn.experiments.statistics import (
     t_test,
 )
 from tinycnn.runs.finding import RunState, run_state
-from tinycnn.runs.record import Run, read_run
+from tinycnn.runs.record import SavedRun, read_run
 from tinycnn.text import printable
 
 JUDGED_BY = {"val_acc": "validation", "test_acc": "test"}
@@ -47,7 +47,7 @@ class Difference:
 class SettingGroup:
     """Runs that differ in their seed only, newest first, one a seed."""
 
-    runs: list[Run]
+    runs: list[SavedRun]
     differs: dict[str, str]  # from the reference
     is_reference: bool = False
     label: str = ""  # `differs`, without what all groups of the table share
@@ -103,7 +103,7 @@ class Table:
         return JUDGED_BY[self.metric]
 
 
-def read_finished(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
+def read_finished(folders: Iterable[Path]) -> tuple[list[SavedRun], list[str]]:
     """The finished runs in `folders`, and a line for each other folder, on what it is."""
     runs, left_out = [], []
     for folder in folders:
@@ -125,7 +125,7 @@ def metric_of(validation: int) -> str:
     return "val_acc" if validation else "test_acc"
 
 
-def _check(run: Run) -> None:
+def _check(run: SavedRun) -> None:
     """Raise UserError unless the run's files agree with each other."""
     config = run.record["config"]
     if len(run.rows) != config["epochs"] or not all(math.isfinite(run.rows[-1].get(name, math.nan))
@@ -133,20 +133,20 @@ def _check(run: Run) -> None:
         raise UserError(f"its log is not that of a finished run of {config['epochs']} epochs")
 
 
-def make_tables(runs: Sequence[Run], reference: Run, *other_seeds: Run) -> list[Table]:
+def make_tables(runs: Sequence[SavedRun], reference: SavedRun, *other_seeds: SavedRun) -> list[Table]:
     """The groups of the runs and the reference, with its `other_seeds`: a table a dataset, that of the reference first. `runs`
     are the newest first.
 
     Only runs on the same images are compared: a table's runs have equal numbers of training images, too.
     """
     committed = {run.folder.resolve(): run for run in (reference, *other_seeds)}
-    by_dataset: dict[str, list[Run]] = {reference.record["dataset"]["sha256"]: []}
+    by_dataset: dict[str, list[SavedRun]] = {reference.record["dataset"]["sha256"]: []}
     for run in (*(run for run in runs if run.folder.resolve() not in committed), *committed.values()):
         by_dataset.setdefault(run.record["dataset"]["sha256"], []).append(run)
     return [_make_table(members, reference) for members in by_dataset.values()]
 
 
-def _make_table(runs: Sequence[Run], reference: Run) -> Table:
+def _make_table(runs: Sequence[SavedRun], reference: SavedRun) -> Table:
     groups = _make_groups(runs, reference)
     stds = compare_groups(groups)
     shared = _shared([group.differs for group in groups if not group.is_reference])
@@ -160,7 +160,7 @@ def _make_table(runs: Sequence[Run], reference: Run) -> Table:
                  f"{dataset['test']:,} test images", groups, shared, stds)
 
 
-def _make_groups(runs: Sequence[Run], reference: Run) -> list[SettingGroup]:
+def _make_groups(runs: Sequence[SavedRun], reference: SavedRun) -> list[SettingGroup]:
     """Groups in the order of their newest runs. Of runs with the same seed, the newest counts."""
     groups: list[SettingGroup] = []
     # Runs of before, with an identity, make the groups: the network's figures in others may fit several
@@ -169,13 +169,16 @@ def _make_groups(runs: Sequence[Run], reference: Run) -> list[SettingGroup]:
         if group is None:
             group = SettingGroup([], differences(run.record, reference.record))
             groups.append(group)
-        if run.record["config"]["seed"] not in group.seeds:
-            group.runs.append(run)
+        group.runs.append(run)
         group.is_reference |= run is reference
+    order = {id(run): place for place, run in enumerate(runs)}
+    for group in groups:
+        oldest_first = sorted(group.runs, key=lambda run: -order[id(run)])
+        newest = {run.record["config"]["seed"]: run for run in oldest_first}
+        group.runs = sorted(newest.values(), key=lambda run: order[id(run)])
     for group in [group for group in groups if sum(group.differs == other.differs for other in groups) > 1]:
         if not group.is_reference:  # the same files were edited, each time otherwise
             group.differs = group.differs | hashes(group.runs[0].record)
-    order = {id(run): place for place, run in enumerate(runs)}
     return sorted(groups, key=lambda group: order[id(group.runs[0])])
 
 

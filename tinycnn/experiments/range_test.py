@@ -44,7 +44,8 @@ def range_test(step: Callable[[Tensor, Tensor], Tensor], optimizer: torch.optim.
             if not math.isfinite(means[-1]) or means[-1] > BLOWN_UP * min(means):
                 break
     if not math.isfinite(losses[0]):
-        raise Diverged(f"the loss of the first batch is {losses[0]}, at a learning rate of {LOWEST:g}")
+        raise Diverged(f"the loss of the first batch is {losses[0]}, at a learning rate of {LOWEST:g}: look at the edits of "
+                       "main.py and model.py, or at the weights of --init")
     return rates, losses
 
 

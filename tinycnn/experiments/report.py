@@ -13,7 +13,7 @@ from pathlib import Path
 from tinycnn.experiments.comparison import SettingGroup, Table
 from tinycnn.experiments.statistics import LEVEL, POWER, pooled_std
 from tinycnn.runs.finding import PROGRAM
-from tinycnn.runs.record import Run
+from tinycnn.runs.record import SavedRun
 from tinycnn.sources import ON_TOP, present_sources, sources_of
 from tinycnn.text import plural, printable
 
@@ -110,7 +110,7 @@ def _edits(table: Table) -> list[str]:
     return ["", "To see what was edited:", *commands] if commands else []
 
 
-def _copy(run: Run, name: str) -> Path:
+def _copy(run: SavedRun, name: str) -> Path:
     """The run's copy of a file; the program's own where the run, like the committed ones, has none and neither is edited."""
     own = run.folder / name
     as_shipped = name not in sources_of(run.record) and name not in present_sources()["edited"]

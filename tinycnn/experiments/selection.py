@@ -10,7 +10,7 @@ from tinycnn.experiments.report import as_csv, as_text
 from tinycnn.runs.drawing import drawing, save
 from tinycnn.runs.files import write
 from tinycnn.runs.finding import OTHER_SEEDS, PROGRAM, REFERENCE, find_runs, named_runs, refuse_run_folder
-from tinycnn.runs.record import Run, read_run
+from tinycnn.runs.record import SavedRun, read_run
 
 
 def compare_runs(log_dir: Path, names: Sequence[str] = ()) -> None:
@@ -30,7 +30,7 @@ def compare_runs(log_dir: Path, names: Sequence[str] = ()) -> None:
         save(experiments(_newest(tables, runs)), log_dir / "experiments.png")
 
 
-def _reference() -> list[Run]:
+def _reference() -> list[SavedRun]:
     """The reference run, and those with other seeds."""
     try:
         return [read_run(folder) for folder in (REFERENCE, *OTHER_SEEDS)]
@@ -50,7 +50,7 @@ def _folders(log_dir: Path, names: Sequence[str]) -> list[Path]:
     return [folder for folder in ordered if folder in named] + [folder for folder in named if folder not in ordered]
 
 
-def _newest(tables: Sequence[Table], runs: Sequence[Run]) -> Table:
+def _newest(tables: Sequence[Table], runs: Sequence[SavedRun]) -> Table:
     """The table with the newest run that is compared with others."""
     age = {run.folder: place for place, run in enumerate(runs)}
     compared = [table for table in tables if len(table.groups) > 1]

@@ -167,10 +167,9 @@ def calibration_images(train: Split, count: int) -> np.ndarray:
     return train.images[np.concatenate([np.flatnonzero(train.labels == label)[:per_class] for label in classes])]
 
 
-def as_int8(model: bytes, images: np.ndarray, in_float: Sequence[str] = ()) -> bytes:
+def as_int8(model: bytes, images: np.ndarray) -> bytes:
     """Quantize an ONNX model's weights and activations to int8 with ONNX Runtime's quantizer: a scale for each channel of the
-    weights, and one for each activation, by its minimum and maximum on `images` (uint8 N x 32 x 32 x 3). The nodes named by
-    `in_float` stay in float32.
+    weights, and one for each activation, by its minimum and maximum on `images` (uint8 N x 32 x 32 x 3).
 
     Weights take 7 bits: processors without VNNI instructions add two products of 8 bits in 16, which overflows (ONNX Runtime's
     documentation on quantization, "reduce_range").
@@ -194,7 +193,7 @@ def as_int8(model: bytes, images: np.ndarray, in_float: Sequence[str] = ()) -> b
         normalization = [node.name for node in onnx.load(prepared).graph.node if {"mean", "scale"} & {*node.input}]
         quantize_static(prepared, quantized, Reader(), calibrate_method=CalibrationMethod.MinMax, per_channel=True,
                         reduce_range=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-                        nodes_to_exclude=[*normalization, *in_float])  # so that the network's input is rounded once, after it
+                        nodes_to_exclude=normalization)  # so that the network's input is rounded once, after it
         return quantized.read_bytes()
 
 

@@ -14,13 +14,11 @@ from tinycnn.cores import default_threads
 from tinycnn.data.batches import choose_batches, make_batches, make_policies
 from tinycnn.data.dataset import Dataset, DatasetMissing
 from tinycnn.data.loading import load_dataset
-from tinycnn.data.tensors import Epoch
 from tinycnn.inference.classifier import check_finite
-from tinycnn.inference.logits import predict
 from tinycnn.runs.checkpoint import read_places
 from tinycnn.runs.record import present_names
 from tinycnn.runs.weights import Weights, find_weights, read_weights
-from tinycnn.training.machine import find_device, keep_freed_memory, move
+from tinycnn.training.machine import autocast, find_device, keep_freed_memory, move
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,19 @@ class Trained:
     config: Config
     device: torch.device
 
+    @torch.no_grad()
     def predict(self, split: str = "test", mirrored: bool = False) -> tuple[Tensor, Tensor]:
         """The network's logits, float32 N x classes, and the labels, int64 N, of the images of a split, or of their mirror
         images; on the CPU. Raises UserError where a logit is not finite."""
-        statistics = self.weights.mean, self.weights.std
+        statistics, outputs = (self.weights.mean, self.weights.std), []
+        self.net.eval()
         with make_batches(self.config, self.dataset, train_policy, test_policy, self.device, statistics) as batches:
-            epoch = batches.test() if split == "test" else batches.validation()
-            if mirrored:
-                epoch = Epoch(((images.flip(3), labels) for images, labels in epoch), epoch.images)
-            logits, labels = predict(self.net, epoch)
+            for images, labels in batches.test() if split == "test" else batches.validation():
+                with autocast(self.device):
+                    outputs.append((self.net(images.flip(3) if mirrored else images).float(), labels))
+        logits, labels = (torch.cat(parts).cpu() for parts in zip(*outputs, strict=True))
         check_finite(logits)
-        return logits.cpu(), labels.cpu()
+        return logits, labels
 
 
 def load_trained(arguments: Namespace) -> Trained:

@@ -10,15 +10,12 @@ BATCH_SIZE = 500
 LogitsFunction = Callable[[np.ndarray], np.ndarray]  # uint8 images N x 32 x 32 x 3 to float32 logits N x classes
 
 
-def make_session(model: bytes | Path, threads: int = 0, profile: str = "") -> Any:
-    """Make an onnxruntime.InferenceSession of an ONNX model or of its path. `threads` 0 uses one for each core. Where `profile`
-    is not empty, the time of each node is measured, and written to a file whose path begins so."""
+def make_session(model: bytes | Path, threads: int = 0) -> Any:
+    """Make an onnxruntime.InferenceSession of an ONNX model or of its path. `threads` 0 uses one for each core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -17,7 +17,7 @@ from tinycnn.network.activation_maps import class_maps
 from tinycnn.network.receptive_field import convolutions
 from tinycnn.runs.drawing import drawing, save
 from tinycnn.runs.finding import REFERENCE
-from tinycnn.runs.record import Run, read_run
+from tinycnn.runs.record import SavedRun, read_run
 
 if TYPE_CHECKING:  # loaded by `drawing`
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ def draw_pictures(trained: Trained) -> None:
     print(f"Pictures: {', '.join(drawn) or 'none'}")
 
 
-def _reference(run: Run) -> Run | None:
+def _reference(run: SavedRun) -> SavedRun | None:
     """The reference run, where it had the images of `run`."""
     with suppress(UserError):  # it is damaged or gone
         reference = read_run(REFERENCE)

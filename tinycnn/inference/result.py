@@ -47,4 +47,3 @@ def show(folder: Path, inputs: Inputs) -> None:
         weights = read_weights(folder / FINAL)
         net = move(weights.build_net(), inputs.device)
         draw_pictures(Trained(weights, net, inputs.dataset, inputs.config, inputs.device))
-    print("Next: python main.py test | predict IMAGE | export | compare")

@@ -65,7 +65,7 @@ def unpack(path: Path) -> State:
         _check_state(state, path)
     except Exception as error:  # torch.load raises nearly anything on foreign content
         raise CheckpointCorrupt(f"{path.name} is damaged, or no checkpoint of this program "
-                                f"({getattr(error, 'strerror', None) or str(error).splitlines()[0][:100]})") from error
+                                f"({getattr(error, 'strerror', None) or ' '.join(str(error).split())[:100]})") from error
     return state
 
 

@@ -107,7 +107,7 @@ def find_unfinished(log_dir: Path, name: str) -> Path:
 
 def refuse_run_folder(log_dir: Path) -> None:
     """Raise UserError where `log_dir` is itself the folder of a run, whose log would be overwritten."""
-    if (log_dir / CONFIG).exists() or run_state(log_dir) is not RunState.FOREIGN:
+    if "config" in peek_record(log_dir) or run_state(log_dir) is not RunState.FOREIGN:
         raise UserError(f"--log-dir {log_dir} is the folder of a run, whose log would be overwritten: choose another folder")
 
 
@@ -137,13 +137,15 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def find_job_run(log_dir: Path) -> tuple[RunState, Path]:
-    """The run that this job of torchrun began before its processes were restarted, and its state; FOREIGN if there is none."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-        return RunState.FOREIGN, Path()
-    for folder in find_runs(log_dir):
+    """The run that this job of torchrun began before its processes were restarted, and its state; FOREIGN if there is none. A
+    job that begins takes its name from the runs of earlier jobs."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    for folder in find_runs(log_dir) if job_name() else ():
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if (folder / JOB).read_text(encoding="utf-8") == job_name():
-                return run_state(folder), folder
+                if restarted:
+                    return run_state(folder), folder
+                (folder / JOB).unlink()
     return RunState.FOREIGN, Path()
 
 

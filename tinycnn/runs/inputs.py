@@ -1,4 +1,4 @@
-"""What a run begins with: its config, images, trained weights and device; and the record of it."""
+"""The inputs of a run: config, dataset, trained weights, device; and its record."""
 
 import contextlib
 import importlib.metadata
@@ -17,7 +17,7 @@ from tinycnn import startup
 from tinycnn.data.batches import choose_batches, make_policies
 from tinycnn.data.dataset import Dataset
 from tinycnn.data.loading import load_dataset, resolve_auto
-from tinycnn.processes import here
+from tinycnn.processes import world
 from tinycnn.runs.finding import refuse_run_folder
 from tinycnn.runs.record import Record
 from tinycnn.runs.tensorboard import check_tensorboard
@@ -59,7 +59,7 @@ def load_inputs(config: Config, dataset: Dataset | None = None, weights: NamedWe
     if config.tensorboard:
         check_tensorboard()
     # before any image is downloaded
-    weights = weights or here.broadcast(lambda: load_weights(config))
+    weights = weights or world.broadcast(lambda: load_weights(config))
     device = prepare(config)
     load_libraries(device)
     dataset = dataset or _load_in_turn(config)
@@ -67,8 +67,8 @@ def load_inputs(config: Config, dataset: Dataset | None = None, weights: NamedWe
     config = resolve_auto(config, dataset)
     whole, dataset = dataset, dataset.hold_out(config.validation)
     check_held_out(weights, whole, dataset)
-    if config.batch_size < here.size:
-        raise UserError(f"--batch-size is {config.batch_size}, but the run has {here.size} processes, which share each batch: "
+    if config.batch_size < world.size:
+        raise UserError(f"--batch-size is {config.batch_size}, but the run has {world.size} processes, which share each batch: "
                         "give it at least as many images")
     batches = choose_batches(config, dataset, make_policies(config, dataset.statistics, train_policy, test_policy), device)
     return Inputs(replace(config, batches=batches, threads=threads_of(config)), dataset, weights, device)
@@ -77,18 +77,18 @@ def load_inputs(config: Config, dataset: Dataset | None = None, weights: NamedWe
 def _load_in_turn(config: Config) -> Dataset:
     """Load the config's images, in one process of each machine first, so that the others find them downloaded or decoded. The
     first process resolves "auto"."""
-    if here.size == 1:
+    if world.size == 1:
         return load_dataset(config.dataset, config.data_dir)
-    dataset = load_dataset(config.dataset, config.data_dir) if here.is_first else None
-    kind = here.broadcast(lambda: dataset.kind if dataset else "")
-    for turn in (here.local_rank == 0, here.local_rank > 0):
+    dataset = load_dataset(config.dataset, config.data_dir) if world.is_first else None
+    kind = world.broadcast(lambda: dataset.kind if dataset else "")
+    for turn in (world.local_rank == 0, world.local_rank > 0):
         if turn and dataset is None:
             with contextlib.redirect_stderr(io.StringIO()):  # the first process has told what there is to tell
                 dataset = load_dataset(kind, config.data_dir)
-        here.sum(torch.zeros(1))  # a barrier; gloo's all_reduce of an empty tensor doesn't wait
+        world.sum(torch.zeros(1))  # a barrier; gloo's all_reduce of an empty tensor doesn't wait
     assert dataset is not None
     fingerprint = dataset.fingerprint
-    if here.broadcast(lambda: fingerprint) != fingerprint:
+    if world.broadcast(lambda: fingerprint) != fingerprint:
         raise UserError(f"the images in {config.data_dir} are not those of the first process: all machines need the same")
     return dataset
 
@@ -107,7 +107,7 @@ def make_record(inputs: Inputs, network: Mapping[str, Any], number: int) -> Reco
                     "train": len(dataset.train), "validation": len(dataset.validation), "test": len(dataset.test),
                     "mean": list(mean), "deviation": list(std)},
         "machine": {"device": describe_device(inputs.device), "instruction_set": instruction_set(),
-                    **({"processes": here.size} if here.size > 1 else {}), "system": platform.system()},
+                    **({"processes": world.size} if world.size > 1 else {}), "system": platform.system()},
         "versions": {"python": platform.python_version()} | {
             name: version for name, package in PACKAGES.items() if (version := _installed(package))},
         "notes": [],

@@ -16,13 +16,13 @@ from matplotlib.ticker import MaxNLocator
 from config import SIDE
 from tinycnn.data.dataset import Split
 from tinycnn.runs.drawing import BLUE, COLOURS, GREEN, GREY, LIGHT_GREY, ORANGE, label, label_line_ends, save
-from tinycnn.runs.record import Run
+from tinycnn.runs.record import SavedRun
 
 MOST_NUMBERS = 20  # classes, up to which a confusion matrix has numbers in its cells
 MOST_PAIRS, MOST_OF_A_PAIR = 9, 4  # mistakes that are drawn
 
 
-def accuracy(run: Run, reference: Run | None = None) -> Figure:
+def accuracy(run: SavedRun, reference: SavedRun | None = None) -> Figure:
     """Accuracy, loss and learning rate by epoch. `reference`: a run on the same images, drawn in grey."""
     epochs = [row["epoch"] for row in run.rows]
     figure = Figure(figsize=(8, 8), layout="constrained")

@@ -29,8 +29,9 @@ SCHEMA = {  # the keys and types that every config.json has
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run: `record` is the content of config.json, `summary` that of summary.json, or None while the run isn't finished."""
+class SavedRun:
+    """A run, read from its folder: `record` is the content of config.json, `summary` that of summary.json, or None while the
+    run isn't finished."""
 
     folder: Path
     record: Record
@@ -57,10 +58,10 @@ def as_json(content: Mapping[str, Any]) -> str:
     return json.dumps(content, indent=1) + "\n"
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> SavedRun:
     """Everything in a run's folder but weights and checkpoints."""
     comments, rows = read_log(folder / ACCURACY_LOG)
-    return Run(folder, read_record(folder), comments, rows, read_summary(folder) if (folder / SUMMARY).exists() else None)
+    return SavedRun(folder, read_record(folder), comments, rows, read_summary(folder) if (folder / SUMMARY).exists() else None)
 
 
 def read_record(folder: Path) -> Record:

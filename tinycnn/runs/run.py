@@ -20,7 +20,7 @@ from config import SETTINGS, Config, UserError, flag
 from tinycnn import startup
 from tinycnn.errors import Diverged
 from tinycnn.network.summary import describe_network, torch_summary
-from tinycnn.processes import here
+from tinycnn.processes import world
 from tinycnn.runs.checkpoint import State, load_states, pack, read_newest, write_checkpoint
 from tinycnn.runs.files import TEMPORARY, NoFileLocks, lock_file, make_run_folder, remove_run_leftovers, unwritable, write
 from tinycnn.runs.finding import (
@@ -97,7 +97,7 @@ class Run:
         Sets `epochs_done`. Raises UserError where the old run doesn't fit what was built."""
         self.config, self.net, self.optimizer, self.scheduler = inputs.config, net, optimizer, scheduler
         startup.mark("network")
-        if here.is_first:
+        if world.is_first:
             twin = copy.deepcopy(net).cpu()
             self.record = make_record(inputs, describe_network(twin), next_number(Path(self.config.log_dir)))
             self.places = local_paths(inputs)
@@ -114,7 +114,7 @@ class Run:
             self.log.start(torch_summary(twin, str(inputs.device)))
             self._write_best()  # a crash may have come between a checkpoint and this
             print(self.log.heading(), end="\n\n", flush=True)
-        self.saved_epochs = self.epochs_done = here.broadcast(lambda: len(self.rows))
+        self.saved_epochs = self.epochs_done = world.broadcast(lambda: len(self.rows))
         startup.mark("records")
 
     def _make_folder(self) -> None:
@@ -141,7 +141,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.saved_at = self.epoch_began = time.monotonic()
-        if here.is_first:
+        if world.is_first:
             print(self.log.header(), flush=True)
             self.events = Events(self.config.tensorboard, self.folder, self.rows)
             self.bar = tqdm(total=self.config.epochs, initial=len(self.rows), desc="run", leave=False, dynamic_ncols=True,
@@ -149,7 +149,7 @@ class Run:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, traceback: object) -> None:
-        if not here.is_first:
+        if not world.is_first:
             return
         self.bar.close()
         if error is not None and run_state(self.folder) is not RunState.FINISHED:
@@ -160,7 +160,7 @@ class Run:
 
     def note(self, line: str) -> None:
         """Add a line to the comments of the log, and to config.json."""
-        if here.is_first:
+        if world.is_first:
             self.record["notes"].append(line)
             self.log.comments = comments(self.folder.name, self.record)
             write(self.folder / CONFIG, as_json(self.record))
@@ -168,7 +168,7 @@ class Run:
     def log_epoch(self, row: Row) -> None:
         """Add an epoch to the log, and print it. Writes a checkpoint if the last one is INTERVAL ago, or after the last epoch.
         A key that the log doesn't know becomes a column."""
-        if not here.is_first:
+        if not world.is_first:
             return
         row = {"_".join(name.split()): value if name == "epoch" else float(value) for name, value in row.items()}
         row["seconds"] = time.monotonic() - self.epoch_began
@@ -192,13 +192,13 @@ class Run:
 
     def finish(self) -> None:
         """Write the final weights, and last the summary, which marks the run as finished."""
-        if here.is_first:
+        if world.is_first:
             save_weights(self.folder / FINAL, self.net.state_dict(), self._metadata())
             self.log.update(durable=True)
             write(self.folder / SUMMARY, as_json(summarize(self.rows)), durable=True)
 
     def _snapshot(self, rows: list[Row], best: dict[str, Any] | None) -> State:
-        """The content of a checkpoint, apart from what training goes on to change."""
+        """The content of a checkpoint. Tensors are copied, so that later steps don't change it."""
         state = {name: copy.deepcopy(getattr(self, name).state_dict()) for name in ("net", "optimizer", "scheduler")}
         return state | {"rows": rows, "record": self.record, "places": self.places} | ({"best": best} if best else {})
 

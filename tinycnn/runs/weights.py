@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,8 @@ def find_weights(log_dir: Path, name: str | None) -> Path:
         return find_finished(log_dir, name) / FINAL
     path = next((path for path in (Path(name), log_dir / "runs" / name, PROGRAM / name) if path.is_file()), None)
     if path is None:
-        raise UserError(f"there is no file {name}, neither here nor in {log_dir / 'runs'}: name a run, or a .safetensors file "
-                        "of one")
+        raise UserError(f"there is no file {name}, neither here nor in {log_dir / 'runs'}: name a run, or a file by the "
+                        "folder's name of a run, such as 2026-01-31_12-00-00/best.safetensors")
     return path
 
 
@@ -99,8 +100,8 @@ def load_weights(config: Config) -> NamedWeights:
     found = {}
     for setting in NAME_WEIGHTS:
         try:
-            names = getattr(config, setting).split(",")
-            found[setting] = [read_weights(find_weights(Path(config.log_dir), name)) for name in names if name]
+            names = map(os.path.expanduser, filter(None, getattr(config, setting).split(",")))
+            found[setting] = [read_weights(find_weights(Path(config.log_dir), name)) for name in names]
         except UserError as error:
             raise UserError(f"{flag(setting)}: {error}") from error
     return found

@@ -12,7 +12,7 @@ from tinycnn.training.machine import float32_steps
 from tinycnn.training.self_check import BATCHES, Errors, State, addresses, put_back, snapshot, step_state, vary, with_sums
 
 WARM_UP = 3  # steps before a recording, in which libraries choose their kernels and momentum gets its memory
-Step = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Tensor]  # images and labels of a batch, to the sums that main.train_step returns
 
 
 class Recording(NamedTuple):
@@ -192,7 +192,7 @@ class CapturedStep:
 
 
 def _stop_behind(error: BaseException) -> BaseException | None:
-    """The signal's exception, which is no Exception, behind an error of the capture that it has ended."""
+    """The StopRequested or KeyboardInterrupt that made a capture fail, or None."""
     cause = error.__context__
     while isinstance(cause, Exception):
         cause = cause.__context__

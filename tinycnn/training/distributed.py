@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from config import UserError
 from tinycnn.errors import Diverged, StopRequested, as_user_errors
-from tinycnn.processes import CAUSE, ProcessLost, environment_number, here
+from tinycnn.processes import CAUSE, ProcessLost, environment_number, world
 from tinycnn.training.machine import float32_steps
 
 MEETING = timedelta(minutes=10)  # until all processes are there
@@ -30,7 +30,7 @@ SILENCE = 3.0  # seconds of waiting for the others, after which a line says so
 def averages(sums: Tensor, count: int) -> tuple[float, float]:
     """The mean loss, in nats per image, and the accuracy, in percent, of all processes, from this one's sums (float32, 2) over
     its `count` images. Waits for the device. Raises Diverged where the loss is not finite."""
-    loss, correct, images = here.sum(torch.stack((*sums.double().cpu(), torch.tensor(count, dtype=torch.float64)))).tolist()
+    loss, correct, images = world.sum(torch.stack((*sums.cpu().double(), torch.tensor(count, dtype=torch.float64)))).tolist()
     if not math.isfinite(loss):
         raise Diverged(f"the loss became {loss / images}: training has diverged, lower --lr")
     return loss / images, 100 * correct / images
@@ -39,19 +39,19 @@ def averages(sums: Tensor, count: int) -> tuple[float, float]:
 def distribute(net: nn.Module, optimizer: torch.optim.Optimizer, scheduler: LRScheduler) -> nn.Module:
     """The network to train: DistributedDataParallel of `net` where there are several processes, with SyncBatchNorm on CUDA,
     where PyTorch has it; otherwise `net`. All processes get the states of the first one's."""
-    if here.size == 1:
+    if world.size == 1:
         return net
     buffer = io.BytesIO()
     torch.save([optimizer.state_dict(), scheduler.state_dict()], buffer)
-    states = here.broadcast(buffer.getvalue)
-    if not here.is_first:
+    states = world.broadcast(buffer.getvalue)
+    if not world.is_first:
         for_optimizer, for_scheduler = torch.load(io.BytesIO(states), map_location="cpu")
         optimizer.load_state_dict(for_optimizer)
         scheduler.load_state_dict(for_scheduler)
     device = next(net.parameters()).device
     if device.type == "cuda":
         net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    with here.lost():  # without the search for unused parameters, a resumed run of three processes got other bits
+    with world.detect_loss():  # without the search for unused parameters, a resumed run of three processes got other bits
         return Parallel(net, find_unused_parameters=True, device_ids=[device] if device.type == "cuda" else None)
 
 
@@ -59,7 +59,7 @@ class Parallel(nn.parallel.DistributedDataParallel):
     """Raises ProcessLost where another process has ended."""
 
     def forward(self, images: Tensor) -> Tensor:
-        with here.lost():  # BatchNorm's statistics are exchanged here, also for a test
+        with world.detect_loss():  # BatchNorm's statistics are exchanged here, also for a test
             return super().forward(images)
 
 
@@ -84,13 +84,13 @@ def step_on_parts(train_step: Callable[..., Tensor], net: nn.Module, optimizer: 
 
     def step(images: Tensor, labels: Tensor) -> Tensor:
         whole = torch.tensor(float(len(labels)), dtype=torch.float64, device=images.device)
-        with here.lost():
+        with world.detect_loss():
             dist.all_reduce(whole)
             if not len(labels):
                 return _without_images(train_step, net, optimizer, images, labels)
 
             def scaled(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-                return _ScaledGradient.apply(criterion(images, logits, labels), len(labels) * here.size / whole)
+                return _ScaledGradient.apply(criterion(images, logits, labels), len(labels) * world.size / whole)
 
             return train_step(net, optimizer, scaled, images, labels)
 
@@ -118,20 +118,20 @@ def join_processes() -> Iterator[None]:
         yield
         return
     _join(rank, size)
-    if not here.is_first:
+    if not world.is_first:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
     try:
         with as_user_errors():
             yield
     except (UserError, OSError, StopRequested, KeyboardInterrupt) as error:
-        if not here.is_first:
+        if not world.is_first:
             if not isinstance(error, ProcessLost | StopRequested | KeyboardInterrupt):
                 with contextlib.suppress(RuntimeError):
-                    here.store.set(CAUSE, f"process {rank}: {error}")
+                    world.store.set(CAUSE, f"process {rank}: {error}")
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         raise
     dist.destroy_process_group()
-    here.rank, here.size = rank, 1  # what follows is this process's alone
+    world.rank, world.size = rank, 1  # what follows is this process's alone
 
 
 def _join(rank: int, size: int) -> None:
@@ -160,5 +160,5 @@ def _join(rank: int, size: int) -> None:
     if isinstance(outcome, Exception):
         raise UserError(f"the {size} processes can't find each other ({str(outcome).splitlines()[0]}): start them with "
                         "torchrun, or unset WORLD_SIZE to train with one") from outcome
-    here.store, here.rank, here.size = outcome
-    here.local_rank, here.local_size = environment_number("LOCAL_RANK", rank), environment_number("LOCAL_WORLD_SIZE", size)
+    world.store, world.rank, world.size = outcome
+    world.local_rank, world.local_size = environment_number("LOCAL_RANK", rank), environment_number("LOCAL_WORLD_SIZE", size)

@@ -17,17 +17,17 @@ from config import SIDE, Config, UserError
 from tinycnn.cores import default_threads
 from tinycnn.device import has_bfloat16, memory_format, one_thread
 from tinycnn.network.shapes import explain_shape_error
-from tinycnn.processes import here
+from tinycnn.processes import world
 
 
 def prepare(config: Config) -> torch.device:
     """Set up this process for training, and return the device. Raises UserError where that isn't there."""
     set_determinism(config)
     name = config.device
-    if here.size > 1 and name != "cpu" and torch.cuda.is_available():
+    if world.size > 1 and name != "cpu" and torch.cuda.is_available():
         if ":" in name:
             raise UserError(f"--device is {name}, but each process has a GPU of its own: use --device cuda")
-        name = f"cuda:{here.local_rank}"
+        name = f"cuda:{world.local_rank}"
     device = find_device(name)
     keep_freed_memory()
     torch.set_num_threads(threads_of(config))
@@ -60,7 +60,7 @@ def wait_for_libraries() -> None:
 
 def threads_of(config: Config) -> int:
     """CPU threads of this process."""
-    return config.threads or default_threads(here.local_size)
+    return config.threads or default_threads(world.local_size)
 
 
 def set_determinism(config: Config) -> None:
@@ -81,8 +81,10 @@ def find_device(name: str) -> torch.device:
     kind, _, index = name.partition(":")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}[kind]
     if int(index or 0) >= there:
-        raise UserError(f"device is {name}, but this PyTorch finds {there} {kind} devices: "
-                        "use --device cpu, or install a PyTorch that fits the hardware")
+        way = "install a PyTorch that fits the hardware, or use --device cpu"
+        if there:
+            way = "use --nproc-per-node=gpu" if world.size > 1 else f"use one of {kind}:0 to {kind}:{there - 1}"
+        raise UserError(f"there is no device {name}, as this PyTorch finds {there} {kind} devices: {way}")
     device = torch.device(name)
     try:
         if kind == "cuda":
@@ -163,7 +165,7 @@ def seed_torch(seed: int, epoch: int) -> None:
 
     They are hashed because torch's CPU generator looks at 32 bits of its seed only.
     """
-    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, here.rank)).generate_state(1)[0]))
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, world.rank)).generate_state(1)[0]))
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from tinycnn import startup
 from tinycnn.data.tensors import Batch, Epoch
-from tinycnn.processes import here
+from tinycnn.processes import world
 
 BAR = "{desc} |{bar:20}| {remaining} left, {rate_noinv_fmt}{postfix}"
 
@@ -18,12 +18,12 @@ def progress(batches: Epoch, sums: Tensor | None = None) -> Iterator[Batch]:
     `sums` so far, of losses and of correct predictions: float32, 2, on the device."""
     count, shown = 0, time.monotonic()
     with tqdm(total=batches.images, desc="training", bar_format=BAR, unit=" images", mininterval=1, leave=False,
-              dynamic_ncols=True, disable=None if here.is_first else True) as bar:
+              dynamic_ncols=True, disable=None if world.is_first else True) as bar:
         for images, labels in batches:
             yield images, labels
             startup.end()
             count += len(labels)
-            bar.update(len(labels))
+            bar.update(len(labels) * world.size)
             if sums is not None and not bar.disable and time.monotonic() - shown > 1:
                 shown = time.monotonic()
                 loss, correct = sums.tolist()

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 from config import Config
 from tinycnn.device import has_bfloat16
-from tinycnn.processes import here
+from tinycnn.processes import world
 from tinycnn.sources import present_sources
-from tinycnn.training.capture import CapturedStep
+from tinycnn.training.capture import CapturedStep, Step
 from tinycnn.training.dilated import use_fast_dilated_convs
 from tinycnn.training.distillation import Criterion, CrossEntropy, Distillation
 from tinycnn.training.distributed import step_on_parts
 from tinycnn.training.machine import wait_for_libraries
 
-Step = Callable[[Tensor, Tensor], Tensor]  # images and labels of a batch, to the sums that main.train_step returns
 # Before this release a failed capture left the allocator in capture mode (pytorch #180395). Code as shipped doesn't fail: no
 # operation waits for the GPU, libraries are loaded before, no other thread uses CUDA, and lack of memory ends a run anyway.
 # Compare it with torch.__version__, which is no plain text: 2.9 comes before 2.13
@@ -37,7 +36,7 @@ def fastest_step(train_step: Callable[..., Tensor], net: nn.Module, optimizer: t
             print(f"Steps are not captured: {reason}.")
         if device.type == "cuda" and config.capture != "off":
             note(f"not captured: {reason}")
-        return (step_on_parts if here.size > 1 else partial)(train_step, net, optimizer, criterion)
+        return (step_on_parts if world.size > 1 else partial)(train_step, net, optimizer, criterion)
     wait_for_libraries()
     fused = _fused_step(train_step, net, optimizer, criterion) if config.kernels == "fused" else None
     return CapturedStep(partial(train_step, net, optimizer, criterion), net, optimizer, fused, note)
@@ -48,7 +47,7 @@ def _why_not_captured(config: Config, device: torch.device) -> str:
         return "--capture is off"
     if device.type != "cuda" or config.batches != "device":
         return "that needs CUDA, and batches made on the device"
-    if here.size > 1:
+    if world.size > 1:
         return "that needs a run of one process"
     if config.capture == "auto" and torch.__version__ < FAILURES_END_CLEANLY and (edited := present_sources()["edited"]):
         return f"PyTorch {torch.__version__} can't go on after a failed capture, as an edit of {', '.join(edited)} might cause"
