@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tinycnn.inference.classifier import AnySizeClassifier
 
-dependencies = ["torch", "numpy", "cv2", "PIL", "filelock", "safetensors", "tqdm"]
+dependencies = ["torch", "numpy", "cv2", "PIL", "filelock", "safetensors"]
 HERE = Path(__file__).resolve().parent
 REFERENCE = HERE / "logs" / "reference"
 COMMITTED = {"baseline": REFERENCE} | {path.parents[1].name: path.parent

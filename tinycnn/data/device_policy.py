@@ -149,13 +149,13 @@ class RandomCrop:
     def __init__(self, transform: A.RandomCrop, height: int, width: int) -> None:
         _require(transform, p=(1,), pad_if_needed=(False,))
         self.height, self.width = transform.height, transform.width
-        self.places = (height - self.height + 1, width - self.width + 1)
-        if min(self.places) < 1:
+        self.positions = (height - self.height + 1, width - self.width + 1)
+        if min(self.positions) < 1:
             raise Unsupported(f"RandomCrop to {self.height} x {self.width} from {height} x {width}")
 
     def sample(self, uniform: Tensor) -> Tensor:
-        return torch.stack([_integer(draw, 0, places - 1) for draw, places in zip(uniform.unbind(1), self.places, strict=True)],
-                           dim=1).int()
+        draws = zip(uniform.unbind(1), self.positions, strict=True)
+        return torch.stack([_integer(draw, 0, count - 1) for draw, count in draws], dim=1).int()
 
     def __call__(self, packed: Tensor, corners: Tensor) -> Tensor:
         y, x = grid(self.height, self.width, packed.device)
@@ -271,5 +271,5 @@ class DevicePolicy:
         packed = pack(images)
         for transform, values in zip(self.transforms, parameters, strict=True):
             packed = transform(packed, values)
-        places = unpack(packed) * 3 + torch.arange(3, dtype=torch.int32, device=packed.device)
-        return self.table.index_select(0, places.view(-1)).view(places.shape).permute(0, 3, 1, 2)
+        indices = unpack(packed) * 3 + torch.arange(3, dtype=torch.int32, device=packed.device)
+        return self.table.index_select(0, indices.view(-1)).view(indices.shape).permute(0, 3, 1, 2)

@@ -38,8 +38,8 @@ def pixels_at(packed: Tensor, ys: list[Tensor], xs: list[Tensor], border: int, f
     columns = [(x, _inside(x, width, border)) for x in xs]
 
     def gather(y: Tensor, row: Tensor, x: Tensor, column: Tensor) -> Tensor:
-        places = row + column
-        pixels = packed.view(-1).index_select(0, places.view(-1)).view(places.shape)
+        indices = row + column
+        pixels = packed.view(-1).index_select(0, indices.view(-1)).view(indices.shape)
         if border == cv2.BORDER_CONSTANT:
             pixels = torch.where((y >= 0) & (y < height) & (x >= 0) & (x < width), pixels, fill)
         return pixels

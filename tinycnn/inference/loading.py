@@ -15,7 +15,7 @@ from tinycnn.data.batches import choose_batches, make_batches, make_policies
 from tinycnn.data.dataset import Dataset, DatasetMissing
 from tinycnn.data.loading import load_dataset
 from tinycnn.inference.classifier import check_finite
-from tinycnn.runs.checkpoint import read_places
+from tinycnn.runs.checkpoint import read_local_paths
 from tinycnn.runs.record import present_names
 from tinycnn.runs.weights import Weights, find_weights, read_weights
 from tinycnn.training.machine import autocast, find_device, keep_freed_memory, move
@@ -72,7 +72,7 @@ def load_trained(arguments: Namespace) -> Trained:
 
 def _restore_config(weights: Weights, arguments: Namespace) -> Config:
     """The settings of the run on this machine. Those that only training needs have their defaults."""
-    data_dir = arguments.data_dir or read_places(weights.path.parent).get("data_dir", Config.data_dir)
+    data_dir = arguments.data_dir or read_local_paths(weights.path.parent).get("data_dir", Config.data_dir)
     here = {"data_dir": data_dir, "log_dir": arguments.log_dir, "device": arguments.device, "threads": default_threads()}
     training = {"batches", "capture", "init", "teacher", "deterministic", "instruction_set"}
     known = {name: value for name, value in present_names(weights.config).items() if name in SETTINGS.keys() - training}

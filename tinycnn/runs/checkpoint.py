@@ -103,7 +103,7 @@ def read_newest(folder: Path) -> tuple[State, list[str]]:
             raise UserError(f"run {folder.name} can't be resumed: {newest}, and {previous}; start a new run") from previous
 
 
-def read_places(folder: Path) -> dict[str, str]:
+def read_local_paths(folder: Path) -> dict[str, str]:
     """Where the run in `folder` had its images, its logs and its teacher: data_dir, log_dir and teacher, by its newest valid
     checkpoint. Empty where it has none."""
     for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):

@@ -100,7 +100,7 @@ class Run:
         if world.is_first:
             twin = copy.deepcopy(net).cpu()
             self.record = make_record(inputs, describe_network(twin), next_number(Path(self.config.log_dir)))
-            self.places = local_paths(inputs)
+            self.local_paths = local_paths(inputs)
             if self.state is None:
                 if inputs.init:
                     self.record["notes"].append(describe_init(net, inputs.init, len(inputs.dataset.class_names)))
@@ -200,7 +200,7 @@ class Run:
     def _snapshot(self, rows: list[Row], best: dict[str, Any] | None) -> State:
         """The content of a checkpoint. Tensors are copied, so that later steps don't change it."""
         state = {name: copy.deepcopy(getattr(self, name).state_dict()) for name in ("net", "optimizer", "scheduler")}
-        return state | {"rows": rows, "record": self.record, "places": self.places} | ({"best": best} if best else {})
+        return state | {"rows": rows, "record": self.record, "places": self.local_paths} | ({"best": best} if best else {})
 
     def _write_checkpoint(self) -> None:
         if self.state and len(self.rows) > self.saved_epochs:
@@ -295,7 +295,7 @@ def local_paths(inputs: Inputs) -> dict[str, str]:
 
 
 def restore_config(state: State, folder: Path) -> Config:
-    """The config of the run in `folder`, from the settings in its records and its places on this machine."""
+    """The config of the run in `folder`, from the settings in its records and its paths on this machine."""
     # before there was that setting, workers made them all
     known = {"batches": "workers"} | present_names(state["record"]["config"]) | state["places"]
     try:

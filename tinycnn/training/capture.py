@@ -120,7 +120,7 @@ class CapturedStep:
 
     def _capture(self, images: Tensor, labels: Tensor, step: Step) -> str:
         """Record a step on these tensors. Returns why that failed, or ""."""
-        places = addresses(step_state(self.net, self.optimizer))
+        before = addresses(step_state(self.net, self.optimizer))
         self._set_rates([group["lr"] for group in self.optimizer.param_groups])
 
         def run() -> Tensor:
@@ -136,7 +136,7 @@ class CapturedStep:
                 raise stop from None
             cause = str(error.__context__ or error) or type(error).__name__  # CUDA's last word is that something failed before
             return f"the capture failed ({cause.splitlines()[0]})"
-        moved = [name for name, place in addresses(step_state(self.net, self.optimizer)).items() if places.get(name) != place]
+        moved = [name for name, place in addresses(step_state(self.net, self.optimizer)).items() if before.get(name) != place]
         return f"a step replaces {moved[0]} instead of changing it in place" if moved else ""
 
     @torch.no_grad()
