@@ -19,6 +19,7 @@ def predict(command, tmp_path, monkeypatch):
     return lambda *arguments: command("predict", *arguments, "--explain", "--device", "cpu", "--run", run)
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array")  # which users would see
 def test_each_file_gets_a_picture_and_no_input_is_overwritten(predict, saved, tmp_path):
     status, out, err = predict("a.png", "b.png")
     assert (status, err) == (0, "")

@@ -21,7 +21,7 @@ def explain(file: Path, classifier: Classifier, class_names: Sequence[str], devi
     print its name to `output`. `taken` are the paths that must not be written; the new one is added. Raises UserError where the
     network has no class activation maps."""
     image, _ = decode(str(file), FORMATS)
-    maps = class_maps(classifier, torch.from_numpy(image[None]).to(device))[0].cpu()
+    maps = class_maps(classifier, torch.tensor(image[None], device=device))[0].cpu()
     names = (f"{file.stem}.explained{f'-{number}' if number > 1 else ''}.png" for number in count(1))
     path = next(path for path in map(Path, names) if path.resolve() not in taken)
     taken.add(path.resolve())
