@@ -41,6 +41,7 @@ def parse_or_exit() -> Namespace:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files and classes may hold what a terminal can't show
     arguments = parse(sys.argv[1:])
     cap_instruction_set(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin keep other programs, and each other, from the cores
     if os.environ.get("WORLD_SIZE", "1") != "1":  # every process would say that it searched in vain for unused parameters
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     elif arguments.verb == "train" and arguments.config:
