@@ -17,10 +17,13 @@ from tinycnn.commands.parser import parse
 from tinycnn.commands.start import AVX2_VARIABLES, report, run_or_exit
 
 
+CHOSEN = (*AVX2_VARIABLES, "OMP_WAIT_POLICY")  # by the program
+
+
 def python(code: str, *arguments: object) -> subprocess.CompletedProcess:
     """Run code in the program's folder, in a process of its own."""
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={name: value for name, value in os.environ.items() if name not in (*AVX2_VARIABLES, "OMP_WAIT_POLICY")})
+                          env={name: value for name, value in os.environ.items() if name not in CHOSEN})
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="has no AVX2")
@@ -29,8 +32,8 @@ def test_avx2_is_what_pytorchs_libraries_are_told():
     code = """if True:
         import atexit, os, runpy, sys
         sys.argv[0] = "main.py"
-        atexit.register(lambda: print(*(os.environ.get(name) for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-                                      "MKL_ENABLE_INSTRUCTIONS", "OMP_WAIT_POLICY")), sys.modules["torch"].backends.cpu.get_cpu_capability()))
+        names = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_WAIT_POLICY"
+        atexit.register(lambda: print(*map(os.environ.get, names), sys.modules["torch"].backends.cpu.get_cpu_capability()))
         runpy.run_path("main.py", run_name="__main__")"""
     done = python(code, "--log-dir", REFERENCE, "--instruction-set", "avx2")
     assert done.returncode == 2
