@@ -16,7 +16,6 @@ from tinycnn.commands import compare
 from tinycnn.commands.parser import parse
 from tinycnn.commands.start import AVX2_VARIABLES, report, run_or_exit
 
-
 CHOSEN = (*AVX2_VARIABLES, "OMP_WAIT_POLICY")  # by the program
 
 
