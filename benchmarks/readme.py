@@ -72,7 +72,7 @@ def log_table() -> str:
     gap = rows[79]["test_acc"] - PUBLISHED[79][1]
     lines += ["", f"The final test accuracy is {rows[79]['test_acc']:.2f} %, {abs(gap):.2f} points "
               f"{'below' if gap < 0 else 'above'} the published run's. The run took "
-              f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours on one thread."]
+              f"{sum(row['seconds'] for row in rows) / 3600:.1f} hours on one thread, beside two others."]
     return "\n".join(lines)
 
 
