@@ -8,6 +8,7 @@ from pathlib import Path
 from conftest import REFERENCE
 
 from tinycnn.experiments.comparison import SettingGroup, Table, make_tables, read_finished
+from tinycnn.experiments.differences import COMMITTED_NETWORK
 from tinycnn.runs.files import make_run_folder
 from tinycnn.runs.finding import find_runs, next_number
 from tinycnn.runs.log import ACCURACY_LOG, FORMATS, table
@@ -26,9 +27,13 @@ def make_finished(log_dir: Path, accuracy: float, seed: int = 0, *, network: dic
     record = copy.deepcopy(reference.record)
     record["number"] = next_number(log_dir)
     record["config"] |= changes | {"name": name, "seed": seed, "validation": validation, "epochs": epochs}
+    if edits is None:
+        record["network"]["identity"] = COMMITTED_NETWORK["identity"]
+        record.pop("sources", None)
+    else:
+        record["network"].pop("identity", None)
+        record["sources"] = {"version": 1, "edited": edits}
     record["network"] = {key: value for key, value in (record["network"] | (network or {})).items() if value != "absent"}
-    record |= {} if edits is None else {"sources": {"version": 1, "edited": edits}}
-    record["network"].pop("identity" if edits is not None else "", None)
     record["dataset"] |= (dataset or {}) | ({"sha256": "held out", "validation": validation} if validation else {})
     rows = [dict(row) for row in reference.rows[:epochs]]
     rows[-1] |= {"test_acc": accuracy}

@@ -15,14 +15,12 @@ from made_up_runs import NOISE, compared, group_of, make_finished
 from scipy import stats
 
 from tinycnn.experiments.comparison import Difference, SettingGroup, compare_groups, make_tables, read_finished
-from tinycnn.experiments.differences import effective_settings
+from tinycnn.experiments.differences import COMMITTED_NETWORK, effective_settings
 from tinycnn.experiments.report import as_csv, as_text
 from tinycnn.runs.files import write
 from tinycnn.runs.finding import find_runs
 from tinycnn.runs.log import ACCURACY_LOG
 from tinycnn.runs.record import CONFIG, SUMMARY, as_json, read_run
-
-IDENTITY = "0123456789abcdef"
 
 
 @pytest.fixture
@@ -122,7 +120,7 @@ def test_an_edited_network_is_known_by_its_file_and_its_figures(make, tmp_path):
 
 def test_runs_from_before_sources_are_known_by_what_they_recorded(make, tmp_path):
     """As the reference: those whose network had its identity, or, of before that, its figures."""
-    identity = read_run(REFERENCE).record["network"].get("identity", IDENTITY)
+    identity = COMMITTED_NETWORK["identity"]
     make(85, 1, network={"identity": identity, "model_sha256": "another"})
     make(85, 2, network={"identity": "absent", "model_sha256": "a third"})
     make(85, 3, network={"identity": "fedcba9876543210"})
