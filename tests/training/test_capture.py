@@ -441,7 +441,7 @@ def test_a_step_that_replaces_tensors_is_refused(batches, device):
     captured = training.captured()
     captured(*batches[0])
     assert not captured.can_capture
-    assert "replaces momentum_buffer of 0.weight" in training.notes[0]
+    assert "replaces momentum_buffer of" in training.notes[0]
 
 
 @pytest.mark.parametrize("kind", [  # CUDA can't capture an SGD that is not fused, nor an AdamW that is not capturable

@@ -460,14 +460,15 @@ def test_after_kill_9_of_the_first_process_the_run_goes_on_with_another_number(t
 @pytest.mark.parametrize("whole", [2], indirect=True)
 def test_kill_9_of_one_process_at_random_moments(whole, tmp_path, pictures):
     """The other one ends by itself; then both go on, to the same bits."""
-    rng, killed, number = random.Random(2), 0, 0
+    rng, killed, number, longest = random.Random(2), 0, 0, 60.0
     while killed < 20:
         logs = tmp_path / str(number)
         states = [run_state(folder) for folder in find_runs(logs)]
         line = ["--resume"] if states else ["--dataset", "folder", "--data-dir", str(pictures), *SMALL, *LINE]
+        began = time.monotonic()
         processes = start(2, tmp_path / "processes", program, [*line, "--log-dir", str(logs)])
         victim = processes[rng.randrange(2)]
-        victim.join(rng.uniform(0, 3))
+        victim.join(rng.uniform(0, longest) if number else longest)
         if victim.exitcode is None:
             victim.kill()
             killed += 1
@@ -477,7 +478,7 @@ def test_kill_9_of_one_process_at_random_moments(whole, tmp_path, pictures):
             [folder] = find_runs(logs)
             assert weights_of(folder) == weights_of(whole[1])
             assert figures(folder) == figures(whole[1])
-            number += 1
+            number, longest = number + 1, min(longest, time.monotonic() - began)
     assert number > 3
 
 
