@@ -33,6 +33,14 @@ def test_the_built_in_set_is_whole_and_always_the_same():
     assert not np.array_equal(one.images, other.images)
 
 
+def test_the_shapes_are_as_large_as_ever():
+    """Runs on them are compared with those of other versions."""
+    data = synthetic()
+    contrast = abs(data.train.images - data.train.images[:, :1, :1].astype(float)).mean((1, 2, 3))
+    assert [contrast[data.train.labels == label].mean() for label in range(10)] == pytest.approx(
+        [42.7, 30.8, 40.15, 33.11, 27.65, 28.13, 34.7, 30.61, 30.58, 30.24], abs=0.01)
+
+
 def test_the_built_in_set_can_be_told_apart_by_shape_not_by_colour():
     """A nearest-neighbour search on shapes finds the class far above chance; on mean colours it doesn't."""
     data = synthetic()

@@ -15,6 +15,7 @@ import weakref
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,6 +38,7 @@ from tinycnn.runs import inputs
 from tinycnn.runs.finding import RunState, find_runs, run_state
 from tinycnn.runs.record import read_run
 from tinycnn.training import distributed
+from tinycnn.training import progress as progress_module
 from tinycnn.training.distillation import Distillation
 from tinycnn.training.distributed import distribute, join_processes, step_on_parts
 from tinycnn.training.machine import prepare, seed_torch
@@ -163,6 +165,15 @@ def test_the_batches_of_all_processes_put_together_are_those_of_one(process, siz
         assert torch.equal(pixels, torch.cat([share[0] for share in shares]))
         assert torch.equal(labels, torch.cat([share[1] for share in shares]))
         assert len(shares[0][1]) < len(labels) or len(labels) == 1
+
+
+def test_the_bar_of_an_epoch_counts_the_images_of_all_processes(process, monkeypatch):
+    process(0, 2)
+    counts, bar = [], MagicMock()
+    bar.__enter__.return_value.update = counts.append
+    monkeypatch.setattr(progress_module, "tqdm", lambda **_: bar)
+    list(progress_module.progress(Epoch(iter([(torch.zeros(3), torch.zeros(3))]), 6)))
+    assert counts == [6]
 
 
 def test_random_numbers_differ_between_processes(process):
